@@ -1,0 +1,144 @@
+"""The command line. Each command parses its flags here and imports what it needs only then."""
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from .errors import UserError
+from .recipe import Recipe, load_recipe, parse_recipe, recipe_values
+
+INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        from . import __version__
+
+        print(f"pixeldip {__version__}")
+        return 0
+    name, arguments = argv[0], argv[1:]
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"perhaps {near[0]}" if near else f"there are {', '.join(COMMANDS)}"
+            raise UserError(f"no command {name!r}; {hint}")
+        return COMMANDS[name](arguments) or 0
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]pixeldip {name}:[/] ", end="")
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "pixeldip: image generation directly in pixel space\n\ncommands (pixeldip COMMAND --help):\n" + "\n".join(lines)
+
+
+def demo(arguments: list[str]) -> int:
+    """Train a small model on the bundled pictures, sample it, write a report: the tour."""
+    from .demo import DemoArguments, run_demo
+
+    return run_demo(tyro.cli(DemoArguments, prog="pixeldip demo", args=arguments))
+
+
+def train(arguments: list[str]) -> int:
+    """Train a model, or resume its run: pixeldip train [RECIPE.yaml] [--section.key value]."""
+    positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
+    default = load_recipe(positional[0]) if positional else load_recipe("my-images")
+    recipe = tyro.cli(
+        Recipe,
+        prog="pixeldip train [RECIPE]",
+        description="Train a model, or resume the run in --out. RECIPE is a YAML file or the name of a packaged "
+        "recipe (default: my-images); every flag overrides one of its values.",
+        default=default,
+        args=arguments[len(positional) :],
+    )
+    recipe = parse_recipe(recipe_values(recipe), where="flags")
+    from .training import train as run_training
+
+    outcome = run_training(recipe)
+    if outcome.interrupted_by is None:
+        print(f"sample it: pixeldip sample {outcome.run}")
+    return 128 + outcome.interrupted_by if outcome.interrupted_by else 0
+
+
+@dataclass
+class SampleArguments:
+    """Sample images from a trained model."""
+
+    model: tyro.conf.Positional[str]
+    """A run folder, a saved model folder or a hub id."""
+    out: Path = Path("samples")
+    """Folder for the PNG files, a grid.png and settings.json."""
+    classes: tuple[str, ...] = ()
+    """Class names or ids; by default all of them in turn."""
+    seeds: str = "0-15"
+    """One image per seed: 7, 0-15 or 0-7,20; the classes are dealt out in turn."""
+    steps: int = 50
+    solver: Literal["euler", "heun", "ab2"] = "euler"
+    guidance: float = 4.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.1, 1.0)
+    time_shift: float = 1.0
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 32
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+def sample(arguments: list[str]) -> int:
+    """Sample images from a trained model into a folder."""
+    parsed = tyro.cli(SampleArguments, prog="pixeldip sample", args=arguments)
+    from .sampling import sample_to_folder
+
+    sample_to_folder(**vars(parsed))
+    return 0
+
+
+@dataclass
+class ConvertArguments:
+    """Turn an authors' checkpoint into a model folder."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Lightning .ckpt, or .safetensors with the release's tensor names."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write; DiPPipeline.from_pretrained and pixeldip sample read it."""
+    weights: Annotated[Literal["ema", "model"], tyro.conf.arg()] = "ema"
+    """The averaged weights, which the authors sample from, or the raw ones."""
+    resolution: int | None = None
+    """Training size in pixels; by default 16 patches a side, as in the release."""
+
+
+def convert(arguments: list[str]) -> int:
+    """Turn an authors' checkpoint into a model folder."""
+    parsed = tyro.cli(ConvertArguments, prog="pixeldip convert", args=arguments)
+    from .convert import convert_checkpoint
+
+    convert_checkpoint(parsed.checkpoint, parsed.out, parsed.weights, parsed.resolution)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "demo": demo,
+    "train": train,
+    "sample": sample,
+    "convert": convert,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

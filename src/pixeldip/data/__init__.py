@@ -1,0 +1,20 @@
+"""Images for training: sources, transforms and an order that is a pure function."""
+
+from .loader import Batch, TrainingImages, batches, check_broken
+from .order import EpochOrder, PositionSampler
+from .sources import Source, open_source
+from .transforms import BrokenImage, centre_crop, decode
+
+__all__ = [
+    "Batch",
+    "BrokenImage",
+    "EpochOrder",
+    "PositionSampler",
+    "Source",
+    "TrainingImages",
+    "batches",
+    "centre_crop",
+    "check_broken",
+    "decode",
+    "open_source",
+]

@@ -1,0 +1,148 @@
+"""Batches of a run: decoded, cropped, in an order that depends on (seed, position) alone."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+from ..recipe import DataSection, image_size
+from .order import EpochOrder, PositionSampler, is_flipped
+from .sources import Source
+from .transforms import BrokenImage, centre_crop, decode
+
+MEMORY_LIMIT = 2**30
+
+
+@dataclass
+class Batch:
+    """images uint8 (B, 3, H, W), labels (B,), positions of the images in the run (B entries)."""
+
+    images: Tensor
+    labels: Tensor
+    positions: list[int]
+    broken: dict[int, str]
+    """Rows that could not be read on the way to this batch, and why."""
+
+
+class TrainingImages(Dataset):
+    """Images by position in the run. A broken one gives its place to the next row that can be read."""
+
+    def __init__(self, source: Source, section: DataSection, seed: int):
+        self.source, self.section, self.seed = source, section, seed
+        self.size = image_size(section)
+        self.order = EpochOrder(len(source), seed)
+        self._memory: np.ndarray | None = None
+        self._labels: np.ndarray | None = None
+        self._broken: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fits_in_memory(self) -> bool:
+        height, width = self.size
+        if self.section.in_memory is not None:
+            return self.section.in_memory
+        return 3 * height * width * len(self) <= MEMORY_LIMIT
+
+    def load_into_memory(self, console: Console) -> None:
+        """Decodes every image once.
+
+        Raises:
+            UserError: if too many cannot be read.
+        """
+
+        def attempt(index: int) -> tuple[np.ndarray | None, int]:
+            try:
+                return self._decode(index)
+            except BrokenImage as error:
+                self._broken[index] = str(error)
+                return None, 0
+
+        height, width = self.size
+        memory = np.zeros((len(self), height, width, 3), np.uint8)
+        labels = np.zeros(len(self), np.int64)
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(attempt, range(len(self)))
+            for i, (image, label) in enumerate(
+                track(decoded, "Reading images", len(self), console=console, transient=True)
+            ):
+                labels[i] = label
+                if image is not None:
+                    memory[i] = image
+        check_broken(self._broken, self.source, self.section)
+        self._memory, self._labels = memory, labels
+
+    def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        try:
+            data, label, name = self.source.read(index)
+        except OSError as error:
+            raise BrokenImage(f"row {index}: {error.strerror or error}") from error
+        try:
+            return centre_crop(decode(data), *self.size), label
+        except BrokenImage as error:
+            raise BrokenImage(f"{name}: {error}") from error
+
+    def _load(self, index: int) -> tuple[np.ndarray, int]:
+        if self._memory is None or self._labels is None:
+            return self._decode(index)
+        if index in self._broken:
+            raise BrokenImage(self._broken[index])
+        return self._memory[index], int(self._labels[index])
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, int, int, dict[int, str]]:
+        epoch, index = self.order[position]
+        broken: dict[int, str] = {}
+        while True:
+            try:
+                image, label = self._load(index)
+                break
+            except BrokenImage as error:
+                broken[index] = str(error)
+                check_broken(broken, self.source, self.section)
+                index = (index + 1) % len(self)
+        if self.section.flip and is_flipped(self.seed, epoch, index):
+            image = image[:, ::-1]
+        return image, label, position, broken
+
+
+def check_broken(broken: dict[int, str], source: Source, section: DataSection) -> None:
+    """Raises UserError if the rows found broken so far are more than the recipe allows."""
+    if len(broken) > section.max_broken * len(source):
+        first = "\n  ".join(list(broken.values())[:5])
+        raise UserError(
+            f"data.source {section.source}: {len(broken)} of {len(source)} images cannot be read, more than "
+            f"data.max_broken = {section.max_broken:g} allows; repair or remove them, or raise it:\n  {first}"
+        )
+
+
+def _collate(items: list[tuple[np.ndarray, int, int, dict[int, str]]]) -> Batch:
+    images, labels, positions, broken = zip(*items, strict=True)
+    return Batch(
+        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor(labels),
+        list(positions),
+        {index: why for found in broken for index, why in found.items()},
+    )
+
+
+def batches(images: TrainingImages, sampler: PositionSampler, pin_memory: bool) -> Iterator[Batch]:
+    """The batches of one process, decoded ahead by worker processes unless they are in memory already."""
+    workers = 0 if images._memory is not None else images.section.workers
+    loader = DataLoader(
+        images,
+        batch_sampler=sampler,
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context="spawn" if workers else None,
+        # workers draw nothing at random; a generator of its own keeps the loader off the global one
+        generator=torch.Generator().manual_seed(0),
+    )
+    return iter(loader)

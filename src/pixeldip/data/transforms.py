@@ -1,0 +1,60 @@
+"""From an image file's bytes to a uint8 crop of the training size."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class BrokenImage(Exception):
+    """A picture that cannot be read; the message says why."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """An upright 8-bit RGB picture from the bytes of an image file.
+
+    Greyscale, palette, CMYK and 16-bit pictures are converted, EXIF rotation is applied, and
+    transparency is put on white. Of an animation the first frame is taken.
+
+    Raises:
+        BrokenImage: if the bytes are not a complete picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        raise BrokenImage(f"{type(error).__name__}: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to 8-bit RGB, transparency on white."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # 16-bit greyscale (Pillow's mode "I" is how it opens some): scaled, where convert() would clip
+        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        pixels = np.asarray(image)
+        return Image.fromarray(((pixels if pixels.max() > 1 else 255 * pixels) + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def centre_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """ADM's crop: box-halve while both sides stay at least twice the target, then bicubic, then the centre.
+
+    Returns:
+        uint8 (height, width, 3). A picture smaller than the target is enlarged.
+    """
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -1,0 +1,39 @@
+"""Classifier-free guidance inside an interval of time (Ho & Salimans 2022; Kynkäänniemi et al. 2024)."""
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .path import VelocityNetwork
+from .solvers import Velocity
+
+
+def guided_velocity(
+    network: VelocityNetwork,
+    y: Tensor,
+    null_class: int,
+    scale: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Velocity:
+    """Velocity for classes y (B,): u + scale (c - u) in steps that start at lo < t < hi.
+
+    Outside the interval, and for a scale of 1, the unconditional branch is not evaluated. Inside,
+    both branches are one batch of 2B. lo = 0 includes the first step (the release's strict
+    comparison would leave it out), so that (0, 1) means always.
+
+    Raises:
+        UserError: unless 0 <= lo <= hi <= 1.
+    """
+    lo, hi = interval
+    if not 0 <= lo <= hi <= 1:
+        raise UserError(f"guidance interval ({lo}, {hi}): give two times with 0 <= lo <= hi <= 1")
+    both = torch.cat([y, torch.full_like(y, null_class)])
+
+    def velocity(x: Tensor, t: float, step_start: float) -> Tensor:
+        inside = (lo < step_start or lo == 0) and step_start < hi
+        if scale == 1 or not inside:
+            return network(x, x.new_full((len(x),), t), y)
+        c, u = network(torch.cat([x, x]), x.new_full((2 * len(x),), t), both).chunk(2)
+        return u + scale * (c - u)
+
+    return velocity

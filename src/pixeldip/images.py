@@ -1,0 +1,41 @@
+"""Between tensors in [-1, 1] and pictures: uint8 conversion, grids, files."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """(..., C, H, W) in [-1, 1] -> uint8, as the release rounds: clip((x + 1) * 127.5 + 0.5), truncated."""
+    return ((x.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(x: Tensor) -> Tensor:
+    """uint8 (..., C, H, W) -> float32 in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def to_pil(x: Tensor) -> list[Image.Image]:
+    """(B, C, H, W) in [-1, 1] -> B pictures; C is 3 (RGB) or 1 (grey)."""
+    array = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in array]
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale: int = 1) -> Image.Image:
+    """Pictures of one size, row by row on white, each pixel `scale` screen pixels wide."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height * scale + gap), (i % columns) * (width * scale + gap)
+        pixels = np.asarray(image.convert("RGB")).repeat(scale, 0).repeat(scale, 1)
+        sheet[top : top + height * scale, left : left + width * scale] = pixels
+    return Image.fromarray(sheet)
+
+
+def display_scale(width: int, target: int = 96) -> int:
+    """How many times to enlarge pictures of this width so that a person can judge them."""
+    return max(1, round(target / width))

@@ -1,0 +1,7 @@
+"""The network: backbone, heads, and DiP, which joins them."""
+
+from .dip import DiP, check_size
+from .heads import HEADS
+from .presets import PRESETS, Preset
+
+__all__ = ["HEADS", "PRESETS", "DiP", "Preset", "check_size"]

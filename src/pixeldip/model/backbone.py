@@ -1,0 +1,86 @@
+"""The Diffusion Transformer that builds the global structure (Sec. 3.3).
+
+B batch, N patches in raster order, C image channels, P patch side, D hidden size.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Block, TimeEmbedding, modulate, rope_2d
+
+
+class Backbone(nn.Module):
+    """DiT on flattened P x P patches, conditioned on time and class."""
+
+    def __init__(
+        self,
+        patch_dim: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        num_classes: int,
+    ):
+        super().__init__()
+        self.head_dim = hidden_size // num_heads
+        self.gradient_checkpointing = False
+        self.patch_embed = nn.Linear(patch_dim, hidden_size)
+        self.time_embed = TimeEmbedding(hidden_size)
+        self.class_embed = nn.Embedding(num_classes + 1, hidden_size)  # the last row is the null class
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Every residual branch starts closed (adaLN-Zero, Peebles & Xie 2023, Sec. 3.2): the modulation
+        # is zero, so each gate is. The other layers keep unit-variance defaults.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        nn.init.normal_(self.time_embed.fc1.weight, std=0.02)
+        nn.init.normal_(self.time_embed.fc2.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+
+    def forward(self, patches: Tensor, t: Tensor, y: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """patches (B, N, C*P*P), t (B,), y (B,), grid (rows, columns).
+
+        Returns tokens (B, N, D), the time embedding (B, D) and the condition c (B, D).
+        """
+        time = self.time_embed(t)
+        c = F.silu(time + self.class_embed(y))
+        rope = rope_2d(*grid, self.head_dim, device=patches.device)
+        s = self.patch_embed(patches)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                s = self._gradient_checkpointing_func(block, s, c, rope)
+            else:
+                s = block(s, c, rope)
+        return s, time, c
+
+
+class TimeContext(nn.Module):
+    """The context of a Patch Detailer Head as in the release: s_global = silu(t_emb + s), no norm."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+
+    def forward(self, s: Tensor, time: Tensor, c: Tensor) -> Tensor:
+        return F.silu(time.unsqueeze(1) + s)
+
+
+class AdaLNContext(nn.Module):
+    """The context of a DiT-only model: LayerNorm without affine, modulated by c (DiT's final layer)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, s: Tensor, time: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=-1)
+        return modulate(self.norm(s), shift, scale)

@@ -1,0 +1,16 @@
+"""Patch Detailer Heads: one file and one row each.
+
+A head is built with (in_channels, patch_size, hidden_size, width, depth), where width and
+depth are None unless the user set them, and maps patch (M, C, P, P) and context (M, D) to a
+velocity (M, C, P, P). Its `context_type` turns the backbone's tokens into that context.
+"""
+
+from torch import nn
+
+from .linear import LinearHead
+from .unet import UNetHead
+
+HEADS: dict[str, type[nn.Module]] = {
+    "unet": UNetHead,
+    "linear": LinearHead,
+}

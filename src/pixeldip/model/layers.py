@@ -1,0 +1,127 @@
+"""Layers of the backbone: embeddings, 2-D rotary attention, SwiGLU, the DiT block.
+
+B batch, N patches in raster order, D hidden size, h heads, d = D / h.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROPE_EXTENT = 16.0  # positions run over [0, 16] whatever the grid, as in the release
+ROPE_BASE = 10000.0
+TIME_FEATURES = 256
+TIME_MAX_PERIOD = 10.0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight, computed in float32 and returned in x's dtype."""
+
+    def __init__(self, size: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, D), shift and scale (B, D) -> (B, N, D)."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Sinusoids of the time, cosines first: t (B,) in [0, 1] -> (B, 256) float32."""
+    half = TIME_FEATURES // 2
+    exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(TIME_MAX_PERIOD) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) -> (B, D)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(TIME_FEATURES, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.fc2(F.silu(self.fc1(time_features(t).to(self.fc1.weight.dtype))))
+
+
+def rope_2d(rows: int, columns: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the 2-D rotary embedding, each (N, d / 2) float32.
+
+    Channel pair 2i turns with the column (x), pair 2i + 1 with the row (y), both at
+    frequency 10000^(-4i / d). Real arithmetic only, so that it compiles.
+    """
+    frequencies = ROPE_BASE ** (-4.0 * torch.arange(head_dim // 4, device=device, dtype=torch.float32) / head_dim)
+    x = torch.linspace(0, ROPE_EXTENT, columns, device=device).repeat(rows)
+    y = torch.linspace(0, ROPE_EXTENT, rows, device=device).repeat_interleave(columns)
+    angles = torch.stack([x, y], dim=-1)[:, None, :] * frequencies[None, :, None]  # (N, d/4, 2)
+    angles = angles.flatten(1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns the channel pairs (2j, 2j + 1) of x (B, h, N, d)."""
+    cos, sin = rope
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with RMS-normalised queries and keys and 2-D rotary positions."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_norm = RMSNorm(head_dim)
+        self.k_norm = RMSNorm(head_dim)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d)
+        q = apply_rope(self.q_norm(q), rope)
+        k = apply_rope(self.k_norm(k), rope)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP with inner size 2/3 of mlp_ratio * D, rounded down."""
+
+    def __init__(self, hidden_size: int, mlp_ratio: float):
+        super().__init__()
+        inner = swiglu_inner(hidden_size, mlp_ratio)
+        self.gate = nn.Linear(hidden_size, inner, bias=False)
+        self.up = nn.Linear(hidden_size, inner, bias=False)
+        self.down = nn.Linear(inner, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def swiglu_inner(hidden_size: int, mlp_ratio: float) -> int:
+    return int(2 * int(hidden_size * mlp_ratio) / 3)
+
+
+class Block(nn.Module):
+    """DiT block; `modulation` is one linear layer on the condition c = silu(t_emb + y_emb)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = RMSNorm(hidden_size)
+        self.attention = Attention(hidden_size, num_heads)
+        self.norm2 = RMSNorm(hidden_size)
+        self.mlp = SwiGLU(hidden_size, mlp_ratio)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
+        x = x + gate1.unsqueeze(1) * self.attention(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))

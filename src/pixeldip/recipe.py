@@ -1,0 +1,237 @@
+"""Recipes: everything a run depends on, typed, read from YAML and overridden by flags.
+
+The defaults of all but the model are those of `recipes/my-images.yaml`. This module imports no torch, so that
+`pixeldip train --help` answers at once.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from .errors import UserError
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def _section(cls: type) -> type:
+    cls.__pydantic_config__ = _STRICT
+    return cls
+
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@_section
+@dataclass
+class ModelSection:
+    """The network: a preset, single sizes, or a preset with some sizes changed."""
+
+    preset: str | None = None
+    """A named size, for instance dip-xl/16; the sizes given beside it override its row."""
+    patch_size: Positive | None = None
+    hidden_size: Positive | None = None
+    depth: Positive | None = None
+    num_heads: Positive | None = None
+    mlp_ratio: Annotated[float, Field(gt=0)] | None = None
+    head: str | None = None
+    """Patch Detailer Head: unet, or linear for the DiT-only baseline."""
+    head_width: Positive | None = None
+    head_depth: Positive | None = None
+
+
+@_section
+@dataclass
+class DataSection:
+    """The images."""
+
+    source: str = ""
+    """An image folder (a class per sub-folder, or none), a folder of parquet or webdataset shards, one such
+    file, a hub id, or "emoji", the bundled set."""
+    split: str = "train"
+    resolution: Positive | tuple[Positive, Positive] = 64
+    """Pixels: one number, or height and width; both multiples of the patch size."""
+    flip: bool = False
+    """Mirror half of the images, chosen anew in each epoch."""
+    image_column: str | None = None
+    """None: the first column that holds images."""
+    label_column: str | None = None
+    """None: the class column if there is one; "none": ignore it and train without classes."""
+    max_broken: Fraction = 0.05
+    """Stop when more than this fraction of the images cannot be read."""
+    in_memory: bool | None = None
+    """Keep the cropped images in memory; None: if they take at most 1 GiB."""
+    workers: NonNegative = 4
+    """Processes that decode images (none are started when the images are in memory)."""
+
+
+@_section
+@dataclass
+class FlowSection:
+    """How times and classes are drawn in training."""
+
+    time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_mean: float = 0.0
+    time_std: Annotated[float, Field(gt=0)] = 1.0
+    time_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1: more training on noisy images."""
+    class_dropout: Fraction = 0.1
+    """Fraction of labels replaced by the null class, for classifier-free guidance."""
+
+
+@_section
+@dataclass
+class OptimizerSection:
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: NonNegative = 200
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """cosine falls to 1% of lr at the last step."""
+    gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; None: no clipping."""
+
+
+@_section
+@dataclass
+class TrainingSection:
+    """The run."""
+
+    steps: Positive = 20_000
+    batch_size: Positive = 64
+    """Images per optimizer step over all processes."""
+    gradient_accumulation: Positive = 1
+    """Forward and backward passes per step; each process takes batch_size / (processes * this) images at once."""
+    ema_decay: Fraction = 0.999
+    """Of the sampled weights; rises from 0.1 to this over the first steps."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the device computes in it, else fp32."""
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    seed: NonNegative = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    log_every: Positive = 20
+    save_every: Positive = 1000
+    keep_last: Positive = 2
+    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+
+
+@_section
+@dataclass
+class PreviewSection:
+    """Sample grids from the EMA weights during training, always of the same seeds."""
+
+    every: NonNegative = 1000
+    """Steps between previews; 0: none."""
+    images: Positive = 32
+    steps: Positive = 30
+    solver: Literal["euler", "heun", "ab2"] = "ab2"
+    guidance: float = 2.0
+
+
+@_section
+@dataclass
+class LoggingSection:
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Beside metrics.jsonl, which is always written."""
+    project: str = "pixeldip"
+
+
+@_section
+@dataclass
+class Recipe:
+    """A training run."""
+
+    out: str = "runs/my-images"
+    """The run folder; a run found there is resumed."""
+    data: DataSection = field(default_factory=DataSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    flow: FlowSection = field(default_factory=FlowSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    preview: PreviewSection = field(default_factory=PreviewSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+
+
+_ADAPTER = TypeAdapter(Recipe)
+
+
+def image_size(data: DataSection) -> tuple[int, int]:
+    """(height, width) of the training images."""
+    return (data.resolution, data.resolution) if isinstance(data.resolution, int) else tuple(data.resolution)
+
+
+def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
+    """A checked recipe from nested dictionaries; what is left out takes the default.
+
+    Raises:
+        UserError: naming the key, what was expected and what was found.
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected sections such as data: and model:, found {type(values).__name__}")
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "unexpected_keyword_argument":
+        known = _keys_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        return f"{'.'.join(path)} is not a key of a recipe; " + (
+            f"perhaps {'.'.join([*path[:-1], near[0]])}" if near else f"there are {', '.join(known)}"
+        )
+    return f"{'.'.join(path)}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    cls: Any = Recipe
+    for part in path:
+        cls = next(f.type for f in dataclasses.fields(cls) if f.name == part)
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe from a YAML file, or by name from those that come with the package.
+
+    Raises:
+        UserError: if there is none, or it is not a recipe.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"{name}: no such recipe file")
+        text = path.read_text(encoding="utf-8")
+    else:
+        packaged = resources.files("pixeldip.recipes")
+        known = sorted(entry.name.removesuffix(".yaml") for entry in packaged.iterdir() if entry.name.endswith(".yaml"))
+        if name not in known:
+            raise UserError(f"{name!r} is neither a .yaml file nor one of the recipes {', '.join(known)}")
+        text = packaged.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+    return parse_recipe(values, where=name)
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """Nested dictionaries of plain YAML types that `parse_recipe` turns back into the same recipe."""
+    return _ADAPTER.dump_python(recipe, mode="json")
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    path.write_text(yaml.safe_dump(recipe_values(recipe), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,114 @@
+"""Self-contained HTML pages: pictures and plots are inside the file."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .. import __version__
+from ..data import open_source
+from ..images import display_scale, grid
+from ..model import DiP
+from ..recipe import Recipe, image_size
+from ..run_folder import ENVIRONMENT, read_metrics
+from ..training.progress import clock
+
+ACCENT = "#2456d6"
+
+
+def demo_page(
+    recipe: Recipe,
+    model: DiP,
+    samples: Mapping[str, Sequence[Image.Image]],
+    denoising: Sequence[tuple[float, Image.Image]],
+    settings: Mapping[str, Any],
+    seconds: float,
+    sampling_seconds: float,
+) -> str:
+    """The page `pixeldip demo` writes.
+
+    Args:
+        samples: pictures by class name.
+        denoising: (t, x_t) of one sample from noise to picture.
+        settings: the pipeline's sampling arguments.
+        seconds: whole wall time of the last start, sampling left out.
+    """
+    run = Path(recipe.out)
+    metrics = read_metrics(run)
+    environment = json.loads((run / ENVIRONMENT).read_text(encoding="utf-8"))
+    source = open_source(recipe.data)
+    height, width = image_size(recipe.data)
+    config = model.config
+    count = sum(map(len, samples.values()))
+    facts = {
+        "Data": f"{len(source)} pictures in {len(source.class_names)} classes, {height}×{width} px",
+        "Model": f"DiP, {model.num_parameters() / 1e6:.2f} M parameters: {config.depth} blocks {config.hidden_size} wide "
+        f"on {config.patch_size}×{config.patch_size} patches, {config.head} head {config.head_width or ''} wide",
+        "Training": f"{recipe.training.steps} steps of {recipe.training.batch_size} images "
+        f"({recipe.training.steps * recipe.training.batch_size:,} images seen), seed {recipe.training.seed}",
+        "Time": f"{clock(seconds)} in this start; {_median_rate(metrics):.0f} images/s while training (median)",
+        "Sampling": f"{count} images in {sampling_seconds:.1f} s: {settings['solver']}, {settings['num_inference_steps']} steps, "
+        f"guidance {settings['guidance_scale']:g}, EMA weights",
+        "Made by": f"{environment['command']} · pixeldip {__version__}, torch {environment['torch']}, "
+        f"{environment['device']}, {environment['threads']} threads",
+    }
+    scale = display_scale(width, 72)
+    real = {name: [] for name in source.class_names}
+    from ..data import centre_crop, decode
+
+    for i in range(len(source)):
+        data, label, _ = source.read(i)
+        real[source.class_names[label]].append(Image.fromarray(centre_crop(decode(data), height, width)))
+    rows = [
+        {
+            "name": name,
+            "samples": data_uri(grid(pictures, len(pictures), scale=scale)),
+            "real": data_uri(grid(real[name], len(real[name]), scale=scale)),
+        }
+        for name, pictures in samples.items()
+    ]
+    path = [{"t": f"{t:.2f}", "image": data_uri(grid([image], 1, scale=display_scale(width, 104)))} for t, image in denoising]
+    environment_ = jinja2.Environment(loader=jinja2.PackageLoader("pixeldip", "report"), autoescape=True)
+    return environment_.get_template("demo.html").render(
+        facts=facts, rows=rows, path=path, path_class=next(iter(samples)), loss=loss_curve(metrics), run=recipe.out,
+        classes=len(rows), minutes=f"{seconds / 60:.0f}",
+    )
+
+
+def _median_rate(metrics: Sequence[Mapping[str, float]]) -> float:
+    rates = sorted(entry["images_per_second"] for entry in metrics)
+    return rates[len(rates) // 2] if rates else 0.0
+
+
+def loss_curve(metrics: Sequence[Mapping[str, float]]) -> str:
+    """The training loss against the step, as inline SVG."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color=ACCENT, linewidth=1.4)
+    axes.set(xlabel="step", ylabel="velocity loss (mean of squares)", yscale="log")
+    axes.grid(which="both", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return to_svg(figure)
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as an <svg> element; the same figure gives the same text."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pixeldip", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture as a data: URI (PNG)."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

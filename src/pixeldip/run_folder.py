@@ -1,0 +1,48 @@
+"""What a run folder holds, and where.
+
+    recipe.yaml               the resolved recipe
+    environment.json          versions, device and command of the first start
+    metrics.jsonl             a line per logged step, and one per start
+    checkpoints/step-…/       training.pt (weights, optimizer, step) and pipeline/ (EMA weights, as diffusers loads them)
+    previews/step-….png       sample grids of fixed seeds
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RECIPE = "recipe.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+PREVIEWS = "previews"
+PIPELINE = "pipeline"
+TRAINING_STATE = "training.pt"
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first. (One being written has another name until it is.)"""
+    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir())
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return next(reversed(checkpoints(run)), None)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run in order; where a step was run again after a resume, its last line counts."""
+    by_step: dict[int, dict[str, Any]] = {}
+    path = run / METRICS
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # the line that was being written when the run was killed
+            continue
+        if "loss" in entry:
+            by_step[entry["step"]] = entry
+    return [by_step[step] for step in sorted(by_step)]

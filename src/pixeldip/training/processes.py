@@ -1,0 +1,105 @@
+"""The processes of a run: one by default, as many as torchrun starts."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over all processes of a tensor each of them has."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in some process."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.mean(torch.tensor(float(flag), device=self.device)).item())
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device for "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        UserError: if it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("training.device cuda: torch sees no CUDA device here; use cpu, or auto")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
+                f"start at most that many with torchrun --nproc-per-node"
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("training.device mps: not available here; use cpu, or auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16; "auto" is bfloat16 where the device has instructions for it."""
+    if name == "fp32" or (name == "auto" and not _computes_in_bf16(device)):
+        return torch.float32
+    return torch.bfloat16
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def start_processes(device_name: str) -> Processes:
+    """Joins the process group that torchrun describes in the environment, if it does.
+
+    Raises:
+        UserError: if the environment describes only part of one.
+    """
+    variables = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return Processes(0, 1, choose_device(device_name))
+    if len(variables) < 3:
+        raise UserError(
+            f"the environment sets {' and '.join(variables)} but not all of RANK, WORLD_SIZE and LOCAL_RANK: "
+            "start with torchrun, or unset them"
+        )
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = choose_device(device_name, local_rank)
+    if world_size == 1:
+        return Processes(0, 1, device)
+    if device.type == "mps":
+        raise UserError("several processes cannot share an MPS device: use --training.device cpu, or one process")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(rank, world_size, device)
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

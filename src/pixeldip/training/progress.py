@@ -1,0 +1,162 @@
+"""What a run says while it goes on: the terminal, metrics.jsonl, and trackers where installed."""
+
+import importlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import UserError
+from ..recipe import Recipe, recipe_values
+from ..run_folder import METRICS
+
+# Dense bf16 matrix throughput of the makers' data sheets, FLOP/s, for model FLOPs utilisation
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of a CUDA device, or None where we do not know it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def training_flops(model: nn.Module, height: int, width: int) -> int:
+    """FLOPs of one image's forward and backward pass (three forward passes), as torch counts them."""
+    device = next(model.parameters()).device
+    x = torch.zeros(1, model.config.in_channels, height, width, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device))
+    return 3 * counter.get_total_flops()
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """Logs a run from its main process. Use as a context manager."""
+
+    def __init__(self, run: Path, recipe: Recipe, console: Console, first_step: int, device: torch.device):
+        self.run, self.recipe, self.console, self.device = run, recipe, console, device
+        self.first_step = first_step
+        self.started = time.perf_counter()
+        self.paused = 0.0
+        self.trackers = [_TRACKERS[name](run, recipe) for name in recipe.logging.trackers]
+        self._metrics = (run / METRICS).open("a", encoding="utf-8")
+        self._status = console.status("starting") if console.is_terminal else None
+        self._window = (self.started, first_step)
+
+    def __enter__(self) -> "Progress":
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+        self._metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def event(self, name: str, **values: Any) -> None:
+        """A line of metrics.jsonl that is not a logged step."""
+        self._write({"event": name, "time": round(time.time(), 3), **values})
+
+    def step(self, step: int, flops_per_image: int | None, **values: float) -> None:
+        """Logs the step count reached and its metrics; adds speed, time left, memory and utilisation."""
+        now = time.perf_counter()
+        (then, last), self._window = self._window, (now, step)
+        batch_size = self.recipe.training.batch_size
+        rate = batch_size * (step - last) / max(now - then - self.paused, 1e-9)
+        self.paused = 0.0
+        left = (self.recipe.training.steps - step) * batch_size / rate
+        entry: dict[str, float] = {"step": step, **values, "images_per_second": round(rate, 2), "seconds": round(now - self.started, 2)}
+        line = f"step {step}/{self.recipe.training.steps}  loss {values['loss']:.4f}  {rate:.0f} images/s  {clock(left)} left"
+        if self.device.type == "cuda":
+            entry["memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+            line += f"  {entry['memory_gib']:.1f} GiB"
+            peak = peak_flops(self.device)
+            if peak and flops_per_image:
+                world = int(os.environ.get("WORLD_SIZE", 1))
+                entry["mfu"] = round(rate * flops_per_image / (peak * world), 4)
+                line += f"  MFU {entry['mfu']:.0%}"
+        self._write(entry)
+        for tracker in self.trackers:
+            tracker.log({k: v for k, v in entry.items() if k != "step"}, step)
+        if self._status:
+            self._status.update(line)
+        else:
+            self.console.print(line, highlight=False)
+
+    def pause(self, seconds: float) -> None:
+        """Time since the last logged step that was not training (a preview, a checkpoint)."""
+        self.paused += seconds
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(entry) + "\n")
+        self._metrics.flush()
+
+
+class _TensorBoard:
+    def __init__(self, run: Path, recipe: Recipe):
+        _require("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(run / "tensorboard")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandbLike:
+    package: str
+
+    def __init__(self, run: Path, recipe: Recipe):
+        self.module = _require(self.package, self.package)
+        self.module.init(project=recipe.logging.project, name=run.name, config=recipe_values(recipe), resume="allow")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.module.log(values, step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+class _Wandb(_WandbLike):
+    package = "wandb"
+
+
+class _Trackio(_WandbLike):
+    package = "trackio"
+
+
+_TRACKERS: dict[str, type] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+
+
+def _require(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"logging.trackers: {module} is not installed; pip install 'pixeldip[{extra}]'") from None
