@@ -190,6 +190,9 @@ class _Inert:
 
     def add(self, value: object) -> None: ...
 
+    def __call__(self, *args: object, **kwargs: object) -> "_Inert":
+        return self
+
     def __hash__(self) -> int:
         return id(self)
 

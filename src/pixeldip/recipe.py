@@ -45,6 +45,8 @@ class ModelSection:
     """Patch Detailer Head: unet, or linear for the DiT-only baseline."""
     head_width: Positive | None = None
     head_depth: Positive | None = None
+    prediction: Literal["velocity", "image"] | None = None
+    """What the head puts out; None: velocity. image (the clean image) learns clean strokes much sooner."""
 
 
 @_section

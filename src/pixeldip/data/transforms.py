@@ -4,7 +4,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class BrokenImage(Exception):
@@ -26,6 +26,8 @@ def decode(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             image.load()
         return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:  # its own message names a buffer, not the file
+        raise BrokenImage("not an image of a kind Pillow can read") from None
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise BrokenImage(f"{type(error).__name__}: {error}") from error
 

@@ -3,6 +3,9 @@
 B batch, C channels, H x W image, P patch side, N = (H / P)(W / P) patches, M = B * N, D hidden size.
 """
 
+from typing import Any
+
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -11,6 +14,9 @@ from ..errors import UserError
 from .backbone import Backbone
 from .heads import HEADS
 from .presets import preset_config
+
+PREDICTIONS = ("velocity", "image")
+NEAREST_DATA = 0.05  # 1 - t is held above this where a predicted image is divided by it
 
 
 class DiP(ModelMixin, ConfigMixin):
@@ -27,6 +33,9 @@ class DiP(ModelMixin, ConfigMixin):
         head: a name from `pixeldip.model.heads.HEADS`; "linear" is the DiT-only baseline.
         head_width: base channels of the head; None for the head's own default.
         head_depth: down/up stages of the head; None for as many as reach 1 x 1, at most 4.
+        prediction: what the head puts out: "velocity" (Eq. 5, the release), or "image", the clean image,
+            from which the velocity (image - x_t) / (1 - t) follows (JiT, Li & He 2025). A model keeps it
+            for life, and `forward` returns a velocity either way.
 
     Raises:
         UserError: if the sizes do not fit together.
@@ -49,6 +58,7 @@ class DiP(ModelMixin, ConfigMixin):
         head: str = "unet",
         head_width: int | None = None,
         head_depth: int | None = None,
+        prediction: str = "velocity",
     ):
         super().__init__()
         sizes = {
@@ -70,10 +80,19 @@ class DiP(ModelMixin, ConfigMixin):
             )
         if head not in HEADS:
             raise UserError(f"head={head!r}: choose one of {', '.join(HEADS)}")
+        if prediction not in PREDICTIONS:
+            raise UserError(f"prediction={prediction!r}: choose one of {', '.join(PREDICTIONS)}")
         patch_dim = in_channels * patch_size**2
         self.backbone = Backbone(patch_dim, hidden_size, depth, num_heads, mlp_ratio, num_classes)
         self.context = HEADS[head].context_type(hidden_size)
         self.detailer = HEADS[head](in_channels, patch_size, hidden_size, head_width, head_depth)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DiP":
+        """As in diffusers; the head's convolutions come back channels-last, as they were built."""
+        model = super().from_pretrained(*args, **kwargs)
+        model.detailer.to(memory_format=torch.channels_last)
+        return model
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DiP":
@@ -104,7 +123,10 @@ class DiP(ModelMixin, ConfigMixin):
         context = self.context(s, time, c)
         v = self.detailer(patches.flatten(0, 1), context.flatten(0, 1))  # (M, C, P, P)
         v = v.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
-        return v.reshape(x.shape).to(x.dtype)
+        v = v.reshape(x.shape).to(x.dtype)
+        if self.config.prediction == "image":
+            v = (v - x) / (1 - t.to(x.dtype)).clamp(min=NEAREST_DATA).view(-1, 1, 1, 1)
+        return v
 
 
 def check_size(height: int, width: int, patch_size: int) -> None:

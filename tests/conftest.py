@@ -1,0 +1,71 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may reach for the network
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixeldip import DiP
+from pixeldip.recipe import Recipe, parse_recipe
+
+TINY_MODEL = {"patch_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "head_width": 8}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+
+
+def make_picture(seed: int, height: int = 40, width: int = 48) -> Image.Image:
+    """A smooth random picture, so that JPEG hardly changes it."""
+    low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Two classes of six pictures."""
+    folder = tmp_path / "pictures"
+    for k, name in enumerate(("ant", "bee")):
+        (folder / name).mkdir(parents=True)
+        for i in range(6):
+            make_picture(10 * k + i).save(folder / name / f"{i}.png")
+    return folder
+
+
+def tiny_recipe(out: Path, source: Path | str, **sections: dict) -> Recipe:
+    """A recipe that trains in a second on one core, in fp32 on the CPU."""
+    values: dict = {
+        "out": str(out),
+        "data": {"source": str(source), "resolution": 16},
+        "model": TINY_MODEL,
+        "training": {
+            "steps": 6,
+            "batch_size": 4,
+            "precision": "fp32",
+            "device": "cpu",
+            "log_every": 1,
+            "save_every": 3,
+            "ema_decay": 0.9,
+        },
+        "preview": {"every": 0},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return parse_recipe(values)
+
+
+def opened_up(model: DiP, seed: int = 0) -> DiP:
+    """The model with every parameter moved off its initial value: no gate closed, no output vanishing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model

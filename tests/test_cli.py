@@ -1,0 +1,163 @@
+"""What a person types, and what comes back."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip.cli import COMMANDS, main
+from pixeldip.images import from_uint8, grid, to_uint8
+from pixeldip.sampling import parse_seeds
+from pixeldip.training import train
+
+from .conftest import opened_up, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = opened_up(DiP(patch_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=3, head_width=8))
+    folder = tmp_path_factory.mktemp("model")
+    DiPPipeline(model, height=16, width=16, class_names=["ant", "bee", "cow"]).save_pretrained(folder)
+    return folder
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from pixeldip.cli import main; main(['--help']); print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.endswith("False False\n")
+    for command in COMMANDS:
+        assert f"  {command} " in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tain"], "perhaps train"),
+        (["train"], "data.source is missing"),
+        (["train", "no.yaml"], "no.yaml: no such recipe file"),
+        (["train", "my-imags"], "neither a .yaml file nor one of the recipes"),
+        (["train", "--data.source", "nowhere"], "no such folder"),
+        (["train", "--training.steps", "0"], "training.steps"),
+        (["sample", "nowhere"], "no such folder"),
+        (["sample", "{model}", "--classes", "beee"], "perhaps 'bee'"),
+        (["sample", "{model}", "--classes", "3"], "classes 0 to 2"),
+        (["sample", "{model}", "--seeds", "a-b"], "seeds 'a-b'"),
+        (["sample", "{model}", "--height", "20"], "multiples of 8"),
+        (["sample", "{model}", "--steps", "0"], "at least one step"),
+        (["convert", "nothing.ckpt", "out"], "nothing.ckpt: no such file"),
+        (["demo", "--steps", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_one_message_and_status_2(
+    arguments: list[str], message: str, model_folder: Path, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([a.format(model=model_folder) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_mistyped_flag_is_named(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--model.dpeth", "3"])
+    assert caught.value.code == 2 and "--model.depth" in "".join(capsys.readouterr())
+
+
+def test_samples_do_not_depend_on_the_batch(model_folder: Path, tmp_path: Path) -> None:
+    common = ["sample", str(model_folder), "--seeds", "0-4,9", "--steps", "3", "--precision", "fp32", "--device", "cpu"]
+    for size in (1, 4):
+        assert main([*common, "--batch-size", str(size), "--out", str(tmp_path / str(size))]) == 0
+    for i in range(6):
+        a, b = (np.asarray(Image.open(tmp_path / size / f"{i:06d}.png")).astype(int) for size in ("1", "4"))
+        assert abs(a - b).max() <= 1  # one grey level: matrix products round differently in another batch
+    last = json.loads(Image.open(tmp_path / "4" / "000005.png").info["pixeldip"])
+    assert (last["seed"], last["class"], last["num_inference_steps"]) == (9, "cow", 3)
+    assert (tmp_path / "4" / "grid.png").is_file() and json.loads((tmp_path / "4" / "settings.json").read_text())["seeds"] == "0-4,9"
+
+
+def test_the_pipeline_by_name_and_by_id(model_folder: Path) -> None:
+    pipeline = DiPPipeline.from_pretrained(model_folder)
+    named, numbered = (pipeline(c, num_inference_steps=2, seeds=[5], output_type="pt").images for c in (["bee"], [1]))
+    assert torch.equal(named, numbered) and named.shape == (1, 3, 16, 16)
+    assert pipeline("ant", num_inference_steps=2, height=24, width=8).images[0].size == (8, 24)
+    path = pipeline("ant", num_inference_steps=4, trajectory_every=2, output_type="pt")
+    assert [t for t, _ in path.trajectory] == [0.0, 0.5, 1.0]
+    assert torch.equal(path.trajectory[-1][1], path.images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give class_labels"),
+        ({"class_labels": ["ant"], "seeds": [1, 2]}, "1 class labels but 2 seeds"),
+        ({"class_labels": ["ant"], "solver": "rk4"}, "choose one of euler"),
+        ({"class_labels": ["ant"], "output_type": "latent"}, "choose pil or pt"),
+    ],
+)
+def test_pipeline_arguments_out_of_range(model_folder: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DiPPipeline.from_pretrained(model_folder)(**arguments)
+
+
+def test_train_then_sample(picture_folder: Path, tmp_path: Path) -> None:
+    flags = "--data.resolution 16 --model.hidden-size 32 --model.depth 1 --training.steps 2 --training.batch-size 4"
+    run = tmp_path / "run"
+    assert main(["train", "--data.source", str(picture_folder), "--out", str(run), *flags.split(), "--preview.every", "0"]) == 0
+    assert main(["sample", str(run), "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "s")]) == 0
+    assert len(list((tmp_path / "s").glob("0*.png"))) == 4
+
+
+def test_demo_report_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--steps", "3", "--device", "cpu"]) == 0
+    page = Path("runs/demo/report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "@import" not in page
+    assert page.count("data:image/png;base64,") >= 2 * 10 + 4 and "<svg" in page
+    for text in ("red heart", "rocket", "pixeldip train demo --data.source", "3 steps"):
+        assert text in page
+
+
+def test_trackers(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, logging={"trackers": ["tensorboard"]})
+    train(recipe, Console(quiet=True))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_tracker_that_is_not_installed(tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, logging={"trackers": ["wandb"]})
+    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'pixeldip\[wandb\]'"):
+        train(recipe, Console(quiet=True))
+
+
+def test_seeds() -> None:
+    assert parse_seeds("7") == [7] and parse_seeds("0-2,9, 4") == [0, 1, 2, 9, 4]
+    for text in ("", "5-3", "x", "1,,2"):
+        with pytest.raises(UserError):
+            parse_seeds(text)
+
+
+def test_uint8_rounds_as_the_release() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])
+    assert to_uint8(x).tolist() == [0, 0, 128, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(every)), every)
+
+
+def test_grid() -> None:
+    cells = [Image.new("RGB", (2, 1), (i, 0, 0)) for i in range(3)]
+    sheet = grid(cells, columns=2, gap=1, scale=2)
+    assert sheet.size == (9, 5)
+    assert [sheet.getpixel(p)[0] for p in ((0, 0), (5, 1), (0, 3), (4, 0), (5, 3))] == [0, 1, 2, 255, 255]

@@ -1,0 +1,251 @@
+"""Sources, decoding, crops, order, broken files."""
+
+import io
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from pixeldip import UserError
+from pixeldip.data import (
+    BrokenImage,
+    EpochOrder,
+    PositionSampler,
+    TrainingImages,
+    batches,
+    centre_crop,
+    decode,
+    open_source,
+)
+from pixeldip.recipe import DataSection
+
+from .conftest import make_picture
+
+QUIET = Console(quiet=True)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_greyscale_of_eight_and_sixteen_bits() -> None:
+    ramp = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+    assert (np.asarray(decode(encoded(Image.fromarray(ramp)))) == ramp[..., None]).all()
+    wide = Image.fromarray(ramp.astype(np.uint16) * 257)
+    assert wide.mode == "I;16"
+    for kind in ("PNG", "TIFF"):
+        assert (np.asarray(decode(encoded(wide, kind))) == ramp[..., None]).all()
+
+
+def test_palette_and_transparency_end_on_white() -> None:
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.asarray(decode(encoded(image))).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 200, 9, 9, 9])
+    palette.putpixel((1, 0), 1)
+    assert np.asarray(decode(encoded(palette, transparency=1))).tolist() == [[[0, 0, 200], [255, 255, 255]]]
+    grey_alpha = Image.new("LA", (1, 1), (0, 0))
+    assert np.asarray(decode(encoded(grey_alpha))).tolist() == [[[255, 255, 255]]]
+
+
+def test_cmyk() -> None:
+    red = np.asarray(decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")))
+    assert red[..., 0].min() > 230 and red[..., 1:].max() < 40
+
+
+def test_exif_rotation() -> None:
+    image = Image.new("RGB", (4, 2), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    upright = decode(encoded(image, exif=exif))
+    assert upright.size == (2, 4)
+    assert upright.getpixel((1, 0)) == (255, 0, 0)
+
+
+def test_what_is_no_picture() -> None:
+    whole = encoded(make_picture(0, 200, 200), "JPEG")
+    for data in (b"", b"text", whole[: len(whole) // 2]):
+        with pytest.raises(BrokenImage):
+            decode(data)
+
+
+def test_a_decompression_bomb_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BrokenImage, match="DecompressionBomb"):
+        decode(encoded(make_picture(0, 12, 12)))
+
+
+def test_crop_is_adms() -> None:
+    # 68 x 34 -> box-halved once to 34 x 17 (both sides at least twice 16), bicubic to 32 x 16, centre 16 x 16
+    image = make_picture(3, 34, 68)
+    by_hand = image.resize((34, 17), Image.Resampling.BOX).resize((32, 16), Image.Resampling.BICUBIC)
+    assert (centre_crop(image, 16, 16) == np.asarray(by_hand.crop((8, 0, 24, 16)))).all()
+
+
+@pytest.mark.parametrize("size", [(5, 7), (16, 16), (100, 31)])
+@pytest.mark.parametrize("target", [(16, 16), (8, 24)])
+def test_crop_has_the_size_asked_for(size: tuple[int, int], target: tuple[int, int]) -> None:
+    assert centre_crop(make_picture(0, *size), *target).shape == (*target, 3)
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order() -> None:
+    order = EpochOrder(50, seed=1)
+    epochs = [[order[50 * e + i] for i in range(50)] for e in range(2)]
+    for e, epoch in enumerate(epochs):
+        assert {number for number, _ in epoch} == {e}
+        assert sorted(index for _, index in epoch) == list(range(50))
+    assert [i for _, i in epochs[0]] != [i for _, i in epochs[1]]
+    assert EpochOrder(50, seed=1)[77] == order[77] and EpochOrder(50, seed=2)[77] != order[77]
+
+
+def test_processes_share_a_batch_without_overlap() -> None:
+    whole = [p for part in PositionSampler(8, 3, 5, 1, 0, 1) for p in part]
+    assert whole == list(range(24, 40))
+    shares = [list(PositionSampler(8, 3, 5, 2, rank, 2)) for rank in range(2)]
+    assert all(len(share) == len(PositionSampler(8, 3, 5, 2, 0, 2)) == 4 for share in shares)
+    assert sorted(p for share in shares for part in share for p in part) == whole
+
+
+def folder_images(folder: Path, **section) -> TrainingImages:
+    settings = DataSection(source=str(folder), resolution=16, **section)
+    return TrainingImages(open_source(settings), settings, seed=0)
+
+
+def test_folder_with_classes(picture_folder: Path) -> None:
+    source = open_source(DataSection(source=str(picture_folder)))
+    assert source.class_names == ("ant", "bee") and len(source) == 12
+    assert [source.read(i)[1] for i in (0, 11)] == [0, 1]
+    assert open_source(DataSection(source=str(picture_folder), label_column="none")).class_names == ()
+
+
+def test_folder_without_classes(picture_folder: Path) -> None:
+    source = open_source(DataSection(source=str(picture_folder / "ant")))
+    assert source.class_names == () and len(source) == 6
+
+
+def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Path) -> None:
+    import tarfile
+
+    parquet, tar = tmp_path / "p" / "x.parquet", tmp_path / "w" / "x.tar"
+    for path in (parquet, tar):
+        path.parent.mkdir()
+    datasets.load_dataset("imagefolder", data_dir=str(picture_folder), split="train").to_parquet(parquet)
+    with tarfile.open(tar, "w") as archive:
+        for k, path in enumerate(sorted(picture_folder.rglob("*.png"))):
+            archive.add(path, f"{k:03d}.png")
+            label = str(int(path.parent.name == "bee")).encode()
+            entry = tarfile.TarInfo(f"{k:03d}.cls")
+            entry.size = len(label)
+            archive.addfile(entry, io.BytesIO(label))
+    folder = folder_images(picture_folder)
+    for path in (parquet, tar.parent):
+        other = folder_images(path)
+        assert len(other.source.class_names) == 2
+        for position in range(12):
+            (a, label_a, *_), (b, label_b, *_) = folder[position], other[position]
+            assert (a == b).all() and label_a == label_b
+
+
+def test_bundled_pictures() -> None:
+    source = open_source(DataSection(source="emoji"))
+    assert len(source) == 50 and len(source.class_names) == 10
+    assert decode(source.read(0)[0]).size == (128, 128)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "data.source is missing"),
+        ("./nowhere", "no such folder"),
+        ("{tmp}/empty", "no image, .parquet or .tar files"),
+        ("{tmp}/notes.txt", "neither .parquet nor .tar"),
+        ("{tmp}/fake.parquet", "fake.parquet"),
+        ("someone/never-cached", "someone/never-cached"),
+    ],
+)
+def test_sources_that_are_none(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "fake.parquet").write_text("x")
+    with pytest.raises(UserError, match=message):
+        open_source(DataSection(source=source.format(tmp=tmp_path)))
+
+
+def test_columns_that_are_not_there(picture_folder: Path) -> None:
+    with pytest.raises(UserError, match="no column of images called pic; its columns are image, label"):
+        open_source(DataSection(source=str(picture_folder), image_column="pic"))
+    with pytest.raises(UserError, match="no such column"):
+        open_source(DataSection(source=str(picture_folder), label_column="kind"))
+
+
+@pytest.fixture
+def damaged_folder(picture_folder: Path) -> Path:
+    """The twelve pictures and four files that are none."""
+    whole = encoded(make_picture(0, 200, 200), "JPEG")
+    (picture_folder / "ant" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (picture_folder / "ant" / "empty.png").write_bytes(b"")
+    (picture_folder / "bee" / "text.png").write_text("not a picture")
+    shutil.copy(picture_folder / "bee" / "0.png", picture_folder / "bee" / "cut.png")
+    with (picture_folder / "bee" / "cut.png").open("r+b") as file:
+        file.truncate(60)
+    return picture_folder
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_broken_files_are_named_and_replaced(damaged_folder: Path, in_memory: bool) -> None:
+    images = folder_images(damaged_folder, max_broken=0.5, in_memory=in_memory, workers=0)
+    if in_memory:
+        images.load_into_memory(QUIET)
+    broken: dict[int, str] = {}
+    for batch in batches(images, PositionSampler(4, 0, 4, 1, 0, 1), pin_memory=False):
+        assert batch.images.shape == (4, 3, 16, 16) and batch.images.dtype == torch.uint8
+        broken |= batch.broken
+    assert sorted(Path(why.split(": ")[0]).name for why in broken.values()) == [
+        "cut.jpg",
+        "cut.png",
+        "empty.png",
+        "text.png",
+    ]
+
+
+def test_in_memory_or_not_the_run_is_the_same(damaged_folder: Path) -> None:
+    kept, read = (folder_images(damaged_folder, max_broken=0.5, flip=True) for _ in range(2))
+    kept.load_into_memory(QUIET)
+    for position in range(40):
+        a, b = kept[position], read[position]
+        assert (a[0] == b[0]).all() and a[1:] == b[1:]
+
+
+def test_flips_change_between_epochs_and_are_fair(picture_folder: Path) -> None:
+    plain, flipped = folder_images(picture_folder), folder_images(picture_folder, flip=True)
+    mirrored = [not (plain[p][0] == flipped[p][0]).all() for p in range(240)]
+    assert 80 < sum(mirrored) < 160
+    for position, was in enumerate(mirrored):
+        if was:
+            assert (plain[position][0][:, ::-1] == flipped[position][0]).all()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_too_many_broken_files_stop_the_run(damaged_folder: Path, in_memory: bool) -> None:
+    images = folder_images(damaged_folder, max_broken=0.05, in_memory=in_memory)
+    with pytest.raises(UserError, match=r"cannot be read, more than data.max_broken = 0.05 allows(.|\n)*\.(jpg|png)"):
+        if in_memory:
+            images.load_into_memory(QUIET)
+        for position in range(16):
+            images[position]
+
+
+def test_worker_processes_give_the_same_batches(picture_folder: Path) -> None:
+    alone, helped = (folder_images(picture_folder, flip=True, workers=w, in_memory=False) for w in (0, 1))
+    sampler = PositionSampler(4, 2, 5, 1, 0, 1)
+    for a, b in zip(batches(alone, sampler, False), batches(helped, sampler, False), strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.positions == b.positions

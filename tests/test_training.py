@@ -1,0 +1,295 @@
+"""The run: exact resume, many processes, averages, refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from pixeldip import DiPPipeline, UserError
+from pixeldip.recipe import FlowSection, OptimizerSection, load_recipe, parse_recipe, recipe_values, save_recipe
+from pixeldip.run_folder import checkpoints, newest_checkpoint, read_metrics
+from pixeldip.training import train
+from pixeldip.training.ema import EMA
+from pixeldip.training.processes import Processes, choose_precision
+from pixeldip.training.trainer import build_model, check_recipe, draw, learning_rate
+
+from .conftest import tiny_recipe
+
+QUIET = Console(quiet=True)
+TRAIN = [sys.executable, "-m", "pixeldip.cli", "train"]
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint: weights, optimizer state and averaged weights."""
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    state = torch.load(checkpoint / "training.pt", weights_only=True)
+    tensors = {f"model.{name}": value for name, value in state["model"].items()}
+    for index, values in state["optimizer"]["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    ema = DiPPipeline.from_pretrained(str(run)).model.state_dict()
+    return tensors | {f"ema.{name}": value for name, value in ema.items()}
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    ours, theirs = state_of(a), state_of(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_run_learns_and_says_so(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(
+        tmp_path / "run", picture_folder, training={"steps": 60, "log_every": 10}, preview={"every": 30, "images": 4, "steps": 2}
+    )
+    recipe.optimizer.lr, recipe.optimizer.warmup_steps = 3e-3, 0
+    outcome = train(recipe, QUIET)
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "run")]
+    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+    assert (outcome.step, outcome.interrupted_by) == (60, None)
+    assert [path.name for path in sorted((tmp_path / "run" / "previews").iterdir())] == ["step-00000030.png", "step-00000060.png"]
+    assert len(checkpoints(tmp_path / "run")) == recipe.training.keep_last
+    assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__ and environment["command"]
+    pipeline = DiPPipeline.from_pretrained(str(tmp_path / "run"))
+    assert pipeline.config.class_names == ["ant", "bee"] and pipeline.config.height == 16
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path: Path, picture_folder: Path) -> None:
+    steps = {"steps": 40, "save_every": 3}
+    straight, broken = tiny_recipe(tmp_path / "a", picture_folder, training=steps), tmp_path / "b.yaml"
+    straight.data.flip = True
+    train(straight, QUIET)
+    interrupted = parse_recipe({**recipe_values(straight), "out": str(tmp_path / "b")})
+    save_recipe(interrupted, broken)
+    dice = random.Random(0)
+    for _ in range(2):
+        goal = (newest_step(tmp_path / "b") or 0) + dice.randint(4, 12)
+        process = subprocess.Popen([*TRAIN, str(broken)], stdout=subprocess.DEVNULL)
+        while last_step(tmp_path / "b") < goal and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert 0 < newest_step(tmp_path / "b") < 40
+    train(interrupted, QUIET)
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+
+
+def newest_step(run: Path) -> int:
+    checkpoint = newest_checkpoint(run)
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+
+
+def last_step(run: Path) -> int:
+    metrics = read_metrics(run)
+    return int(metrics[-1]["step"]) if metrics else 0
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"steps": 3000, "save_every": 3000})
+    save_recipe(recipe, tmp_path / "r.yaml")
+    process = subprocess.Popen([*TRAIN, str(tmp_path / "r.yaml")], stdout=subprocess.PIPE, text=True)
+    while last_step(tmp_path / "run") < 5:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    stopped = newest_step(tmp_path / "run")
+    assert process.returncode == 130 and 5 <= stopped < 3000
+    assert f"stopped after step {stopped}" in output
+    recipe.training.steps = stopped + 2
+    assert train(recipe, QUIET).step == stopped + 2
+    assert [e["step"] for e in read_metrics(tmp_path / "run")] == list(range(1, stopped + 3))
+
+
+def test_two_processes_train_as_one(tmp_path: Path, picture_folder: Path) -> None:
+    alone = tiny_recipe(tmp_path / "one", picture_folder, training={"steps": 8, "batch_size": 8})
+    train(alone, QUIET)
+    both = parse_recipe({**recipe_values(alone), "out": str(tmp_path / "two")})
+    both.training.gradient_accumulation = 2
+    save_recipe(both, tmp_path / "two.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "pixeldip.cli"]
+    launch += ["train", str(tmp_path / "two.yaml")]
+    subprocess.run(launch, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
+    losses = [[entry["loss"] for entry in read_metrics(tmp_path / run)] for run in ("one", "two")]
+    assert len(losses[0]) == 8
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
+    for name, value in state_of(tmp_path / "one").items():
+        torch.testing.assert_close(state_of(tmp_path / "two")[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_randomness_belongs_to_the_position() -> None:
+    from pixeldip.data import Batch
+
+    def drawn(positions: list[int]) -> tuple:
+        batch = Batch(torch.zeros(0), torch.ones(len(positions), dtype=torch.long), positions, {})
+        return draw(FlowSection(class_dropout=0.5), batch, torch.zeros(len(positions), 3, 4, 4), 9, seed=3)
+
+    whole, part = drawn(list(range(200))), drawn([120, 7])
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[[120, 7]], b)
+    labels, noise, t = whole
+    assert 70 < (labels == 9).sum() < 130
+    assert abs(noise.std() - 1) < 0.05 and abs(t.mean() - 0.5) < 0.05 and abs(t.std() - 0.208) < 0.03
+
+
+def test_average_is_over_weights_and_buffers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    ema = EMA(model, decay=0.75)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[1].running_mean.fill_(2.0)
+        model[1].num_batches_tracked.fill_(7)
+    ema.update(model, step=0)  # decay (1 + 0) / (10 + 0)
+    assert torch.allclose(ema.model[0].weight, torch.tensor(0.9)) and torch.allclose(ema.model[1].running_mean, torch.tensor(1.8))
+    ema.update(model, step=1000)  # the decay asked for
+    assert torch.allclose(ema.model[0].weight, torch.tensor(0.925))
+    assert ema.model[1].num_batches_tracked == 7 and not any(p.requires_grad for p in ema.model.parameters())
+
+
+def test_learning_rate() -> None:
+    section = OptimizerSection(lr=1.0, warmup_steps=10, schedule="constant")
+    assert [learning_rate(section, step, 100) for step in (0, 4, 9, 99)] == [0.1, 0.5, 1.0, 1.0]
+    section = OptimizerSection(lr=1.0, warmup_steps=0, schedule="cosine")
+    assert learning_rate(section, 0, 100) == 1.0 and learning_rate(section, 50, 100) == pytest.approx(0.505)
+
+
+def test_a_seed_is_a_model() -> None:
+    section = tiny_recipe(Path("x"), "y").model
+    a, b, c = (build_model(section, 3, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["backbone.patch_embed.weight"], c["backbone.patch_embed.weight"])
+
+
+def test_a_loss_that_breaks_down_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder)
+    train(recipe, QUIET)
+    state = torch.load(newest_checkpoint(tmp_path / "run") / "training.pt", weights_only=True)
+    state["model"]["backbone.patch_embed.weight"].fill_(float("nan"))
+    torch.save(state, newest_checkpoint(tmp_path / "run") / "training.pt")
+    recipe.training.steps = 9
+    with pytest.raises(UserError, match="the loss became nan by step 7"):
+        train(recipe, QUIET)
+    assert newest_step(tmp_path / "run") == 6
+
+
+def test_a_checkpoint_half_written_is_not_there(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder)
+    train(recipe, QUIET)
+    partial = tmp_path / "run" / "checkpoints" / "partial-step-00000009"
+    partial.mkdir()
+    (partial / "training.pt").write_bytes(b"half")
+    assert newest_step(tmp_path / "run") == 6
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder)
+    train(recipe, QUIET)
+    (newest_checkpoint(tmp_path / "run") / "training.pt").write_bytes(b"half")
+    recipe.training.steps = 9
+    with pytest.raises(UserError, match="step-00000006: cannot resume"):
+        train(recipe, QUIET)
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder)
+    train(recipe, QUIET)
+    other = tiny_recipe(tmp_path / "run", picture_folder, model={"depth": 3})
+    with pytest.raises(UserError, match=r"model.depth = 2, and this one asks for 3"):
+        train(other, QUIET)
+
+
+def test_without_classes(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder / "ant", preview={"every": 6, "images": 4, "steps": 2})
+    train(recipe, QUIET)
+    pipeline = DiPPipeline.from_pretrained(str(tmp_path / "run"))
+    assert len(pipeline(seeds=[0, 1], num_inference_steps=2).images) == 2
+    with pytest.raises(UserError, match="trained without classes"):
+        pipeline(class_labels=[0])
+
+
+@pytest.mark.parametrize("name", ["my-images", "demo", "demo-gpu", "imagenet256-dip-xl", "imagenet512-dip-xl32"])
+def test_packaged_recipes_train_at_tiny_size(name: str, tmp_path: Path, picture_folder: Path) -> None:
+    recipe = load_recipe(name)
+    check_recipe(recipe, world_size=8 if name.startswith("imagenet") else 1)
+    tiny = tiny_recipe(tmp_path / "run", picture_folder)
+    recipe.out, recipe.model = tiny.out, tiny.model
+    recipe.data.source, recipe.data.resolution, recipe.data.in_memory = tiny.data.source, tiny.data.resolution, True
+    recipe.training.steps, recipe.training.batch_size, recipe.training.compile = 2, 4, False
+    recipe.training.device, recipe.preview.every = "cpu", 2
+    recipe.preview.images, recipe.preview.steps = 4, 2
+    assert train(recipe, QUIET).step == 2
+
+
+def test_imagenet_recipes_hold_the_releases_settings() -> None:
+    recipe = load_recipe("imagenet256-dip-xl")
+    assert (recipe.optimizer.lr, recipe.optimizer.betas, recipe.optimizer.weight_decay) == (1e-4, (0.9, 0.999), 1e-3)
+    assert (recipe.optimizer.warmup_steps, recipe.optimizer.gradient_clip, recipe.training.ema_decay) == (0, None, 0.9999)
+    assert (recipe.flow, recipe.training.batch_size) == (FlowSection(), 256)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"dpeth": 3}}, "model.dpeth is not a key of a recipe; perhaps model.depth"),
+        ({"modle": {}}, "modle is not a key of a recipe; perhaps model"),
+        ({"training": {"steps": "seven"}}, "training.steps: .*integer.*'seven'"),
+        ({"training": {"steps": 0}}, "training.steps: .*found 0"),
+        ({"flow": {"class_dropout": 1.5}}, "flow.class_dropout"),
+        ({"data": {"resolution": [64]}}, "data.resolution"),
+        ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule"),
+        ({"data": None}, "data"),
+        ([1], "expected sections"),
+    ],
+)
+def test_recipes_with_mistakes(values: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_recipe(values)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "processes", "message"),
+    [
+        ({"data": {"resolution": 60}, "model": {"patch_size": 8}}, 1, "60x60 pixels .* multiples of 8"),
+        ({"training": {"batch_size": 6}}, 4, "batch_size 6 cannot be split over 4 processes"),
+        ({"training": {"batch_size": 6, "gradient_accumulation": 4}}, 1, "multiple of 4"),
+        ({"model": {"preset": "dip-xxl/16"}}, 1, "no preset"),
+        ({"model": {"hidden_size": 30, "num_heads": 4}}, 1, "multiple of"),
+    ],
+)
+def test_recipes_that_cannot_work(values: dict, processes: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_recipe(parse_recipe(values), processes)
+
+
+def test_half_an_environment_of_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start with torchrun"):
+        train(tiny_recipe(tmp_path / "run", "emoji"), QUIET)
+
+
+def test_yaml_numbers_come_out_as_numbers(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("optimizer: {lr: 3e-4}\ndata: {resolution: [64, 96]}\n")
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert recipe.optimizer.lr == 3e-4 and recipe.data.resolution == (64, 96)
+    (tmp_path / "r.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_precision_follows_the_device() -> None:
+    assert choose_precision("fp32", torch.device("cpu")) == torch.float32
+    assert choose_precision("auto", torch.device("mps")) == torch.float32
+    assert Processes(0, 1, torch.device("cpu")).is_main
