@@ -19,7 +19,7 @@ import torch
 from pixeldip import DiP, __version__
 from pixeldip.flow import velocity_loss
 from pixeldip.recipe import image_size, load_recipe
-from pixeldip.training.trainer import model_config
+from pixeldip.training.preparation import model_config
 
 
 def step_function(recipe, precision: torch.dtype, **changes):
@@ -74,7 +74,9 @@ def main() -> None:
     }
     print(f"{'variant':<16} {'ms/step':>8} {'steps/s':>8} {'images/s':>9} {'x bf16':>7}")
     for name, row in rows.items():
-        print(f"{name:<16} {row['ms_per_step']:>8} {1e3 / row['ms_per_step']:>8.2f} {row['images_per_second']:>9} {row['time_over_bf16']:>7}")
+        ms = row["ms_per_step"]
+        speed = f"{1e3 / ms:>8.2f} {row['images_per_second']:>9}"
+        print(f"{name:<16} {ms:>8} {speed} {row['time_over_bf16']:>7}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"peak memory of this process: {peak:.0f} MiB")
     record = {

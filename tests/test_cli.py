@@ -30,7 +30,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from pixeldip.cli import main; main(['--help']); print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    code = (
+        "import sys; from pixeldip.cli import main; main(['--help']); "
+        "print('torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.endswith("False False\n")
     for command in COMMANDS:
@@ -57,7 +60,12 @@ def test_help_needs_no_torch() -> None:
     ],
 )
 def test_mistakes_are_one_message_and_status_2(
-    arguments: list[str], message: str, model_folder: Path, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main([a.format(model=model_folder) for a in arguments]) == 2
@@ -80,7 +88,9 @@ def test_samples_do_not_depend_on_the_batch(model_folder: Path, tmp_path: Path) 
         assert abs(a - b).max() <= 1  # one grey level: matrix products round differently in another batch
     last = json.loads(Image.open(tmp_path / "4" / "000005.png").info["pixeldip"])
     assert (last["seed"], last["class"], last["num_inference_steps"]) == (9, "cow", 3)
-    assert (tmp_path / "4" / "grid.png").is_file() and json.loads((tmp_path / "4" / "settings.json").read_text())["seeds"] == "0-4,9"
+    assert (tmp_path / "4" / "grid.png").is_file() and json.loads((tmp_path / "4" / "settings.json").read_text())[
+        "seeds"
+    ] == "0-4,9"
 
 
 def test_the_pipeline_by_name_and_by_id(model_folder: Path) -> None:
@@ -110,7 +120,10 @@ def test_pipeline_arguments_out_of_range(model_folder: Path, arguments: dict, me
 def test_train_then_sample(picture_folder: Path, tmp_path: Path) -> None:
     flags = "--data.resolution 16 --model.hidden-size 32 --model.depth 1 --training.steps 2 --training.batch-size 4"
     run = tmp_path / "run"
-    assert main(["train", "--data.source", str(picture_folder), "--out", str(run), *flags.split(), "--preview.every", "0"]) == 0
+    assert (
+        main(["train", "--data.source", str(picture_folder), "--out", str(run), *flags.split(), "--preview.every", "0"])
+        == 0
+    )
     assert main(["sample", str(run), "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "s")]) == 0
     assert len(list((tmp_path / "s").glob("0*.png"))) == 4
 

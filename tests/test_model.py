@@ -145,7 +145,7 @@ def test_sizes_that_do_not_fit(changes: dict, message: str) -> None:
 
 
 def test_an_image_that_cannot_be_cut() -> None:
-    with pytest.raises(UserError, match="16x20 pixels .* multiples of 8"):
+    with pytest.raises(UserError, match=r"16x20 pixels .* multiples of 8"):
         tiny()(*inputs(16, 20))
 
 

@@ -19,8 +19,9 @@ from pixeldip.recipe import FlowSection, OptimizerSection, load_recipe, parse_re
 from pixeldip.run_folder import checkpoints, newest_checkpoint, read_metrics
 from pixeldip.training import train
 from pixeldip.training.ema import EMA
+from pixeldip.training.preparation import build_model, check_recipe
 from pixeldip.training.processes import Processes, choose_precision
-from pixeldip.training.trainer import build_model, check_recipe, draw, learning_rate
+from pixeldip.training.schedule import draw, learning_rate
 
 from .conftest import tiny_recipe
 
@@ -49,14 +50,20 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 def test_a_run_learns_and_says_so(tmp_path: Path, picture_folder: Path) -> None:
     recipe = tiny_recipe(
-        tmp_path / "run", picture_folder, training={"steps": 60, "log_every": 10}, preview={"every": 30, "images": 4, "steps": 2}
+        tmp_path / "run",
+        picture_folder,
+        training={"steps": 60, "log_every": 10},
+        preview={"every": 30, "images": 4, "steps": 2},
     )
     recipe.optimizer.lr, recipe.optimizer.warmup_steps = 3e-3, 0
     outcome = train(recipe, QUIET)
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "run")]
     assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
     assert (outcome.step, outcome.interrupted_by) == (60, None)
-    assert [path.name for path in sorted((tmp_path / "run" / "previews").iterdir())] == ["step-00000030.png", "step-00000060.png"]
+    assert [path.name for path in sorted((tmp_path / "run" / "previews").iterdir())] == [
+        "step-00000030.png",
+        "step-00000060.png",
+    ]
     assert len(checkpoints(tmp_path / "run")) == recipe.training.keep_last
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
@@ -117,7 +124,17 @@ def test_two_processes_train_as_one(tmp_path: Path, picture_folder: Path) -> Non
     both = parse_recipe({**recipe_values(alone), "out": str(tmp_path / "two")})
     both.training.gradient_accumulation = 2
     save_recipe(both, tmp_path / "two.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "pixeldip.cli"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "-m",
+        "pixeldip.cli",
+    ]
     launch += ["train", str(tmp_path / "two.yaml")]
     subprocess.run(launch, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120)
     losses = [[entry["loss"] for entry in read_metrics(tmp_path / run)] for run in ("one", "two")]
@@ -152,7 +169,9 @@ def test_average_is_over_weights_and_buffers() -> None:
         model[1].running_mean.fill_(2.0)
         model[1].num_batches_tracked.fill_(7)
     ema.update(model, step=0)  # decay (1 + 0) / (10 + 0)
-    assert torch.allclose(ema.model[0].weight, torch.tensor(0.9)) and torch.allclose(ema.model[1].running_mean, torch.tensor(1.8))
+    assert torch.allclose(ema.model[0].weight, torch.tensor(0.9)) and torch.allclose(
+        ema.model[1].running_mean, torch.tensor(1.8)
+    )
     ema.update(model, step=1000)  # the decay asked for
     assert torch.allclose(ema.model[0].weight, torch.tensor(0.925))
     assert ema.model[1].num_batches_tracked == 7 and not any(p.requires_grad for p in ema.model.parameters())
@@ -172,7 +191,9 @@ def test_a_seed_is_a_model() -> None:
     assert not torch.equal(a["backbone.patch_embed.weight"], c["backbone.patch_embed.weight"])
 
 
-def test_a_loss_that_breaks_down_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, picture_folder: Path) -> None:
+def test_a_loss_that_breaks_down_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path: Path, picture_folder: Path
+) -> None:
     recipe = tiny_recipe(tmp_path / "run", picture_folder)
     train(recipe, QUIET)
     state = torch.load(newest_checkpoint(tmp_path / "run") / "training.pt", weights_only=True)
@@ -235,7 +256,11 @@ def test_packaged_recipes_train_at_tiny_size(name: str, tmp_path: Path, picture_
 def test_imagenet_recipes_hold_the_releases_settings() -> None:
     recipe = load_recipe("imagenet256-dip-xl")
     assert (recipe.optimizer.lr, recipe.optimizer.betas, recipe.optimizer.weight_decay) == (1e-4, (0.9, 0.999), 1e-3)
-    assert (recipe.optimizer.warmup_steps, recipe.optimizer.gradient_clip, recipe.training.ema_decay) == (0, None, 0.9999)
+    assert (recipe.optimizer.warmup_steps, recipe.optimizer.gradient_clip, recipe.training.ema_decay) == (
+        0,
+        None,
+        0.9999,
+    )
     assert (recipe.flow, recipe.training.batch_size) == (FlowSection(), 256)
 
 

@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "pixeldip: image generation directly in pixel space\n\ncommands (pixeldip COMMAND --help):\n" + "\n".join(lines)
+    return "pixeldip: image generation directly in pixel space\n\ncommands (pixeldip COMMAND --help):\n" + "\n".join(
+        lines
+    )
 
 
 def demo(arguments: list[str]) -> int:

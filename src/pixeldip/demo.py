@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from rich.console import Console
 
 from .errors import UserError
@@ -18,7 +19,7 @@ from .training import train
 from .training.processes import choose_device, choose_precision
 
 SAMPLES_PER_CLASS = 10
-STEPS = 30
+STEPS = 20
 GUIDANCE = 2.0
 PATH_IMAGES = 8
 
@@ -64,10 +65,16 @@ def run_demo(arguments: DemoArguments) -> int:
 def write_report(recipe: Recipe, device: torch.device, seconds: float) -> Path:
     """Samples the newest checkpoint of a demo run and writes `report.html` beside it."""
     run = Path(recipe.out)
+    diffusers_logging.disable_progress_bar()
     pipeline = DiPPipeline.from_pretrained(str(run)).to(device)
     names = pipeline.config.class_names
     dtype = choose_precision(recipe.training.precision, device)
-    settings = {"num_inference_steps": STEPS, "solver": "ab2", "guidance_scale": GUIDANCE, "guidance_interval": (0.0, 1.0)}
+    settings = {
+        "num_inference_steps": STEPS,
+        "solver": "heun",
+        "guidance_scale": GUIDANCE,
+        "guidance_interval": (0.0, 1.0),
+    }
     began = time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         labels = [name for name in names for _ in range(SAMPLES_PER_CLASS)]

@@ -66,7 +66,9 @@ class DiPPipeline(DiffusionPipeline):
             index = int(label)
         except ValueError:
             near = difflib.get_close_matches(str(label), names, n=3, cutoff=0.4)
-            hint = f"; perhaps {' or '.join(map(repr, near))}" if near else f"; it has {', '.join(names)}" if names else ""
+            hint = (
+                f"; perhaps {' or '.join(map(repr, near))}" if near else f"; it has {', '.join(names)}" if names else ""
+            )
             raise UserError(f"the model has no class named {label!r}{hint}") from None
         if not 0 <= index < num_classes:
             have = f"it has classes 0 to {num_classes - 1}" if num_classes else "it was trained without classes"
@@ -167,4 +169,3 @@ def resolve_model(name: str) -> str:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder, and not a hub id (owner/name)")
     return name
-

@@ -1,10 +1,10 @@
 """What a run folder holds, and where.
 
-    recipe.yaml               the resolved recipe
-    environment.json          versions, device and command of the first start
-    metrics.jsonl             a line per logged step, and one per start
-    checkpoints/step-…/       training.pt (weights, optimizer, step) and pipeline/ (EMA weights, as diffusers loads them)
-    previews/step-….png       sample grids of fixed seeds
+recipe.yaml               the resolved recipe
+environment.json          versions, device and command of the first start
+metrics.jsonl             a line per logged step, and one per start
+checkpoints/step-…/       training.pt (weights, optimizer, step) and pipeline/ (EMA weights, as diffusers loads them)
+previews/step-….png       sample grids of fixed seeds
 """
 
 import json

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +21,7 @@ GRID_LIMIT = 256
 
 
 def parse_seeds(text: str) -> list[int]:
-    """"7", "0-15" or "0-7,20" -> a list of seeds.
+    """ "7", "0-15" or "0-7,20" -> a list of seeds.
 
     Raises:
         UserError: if it is anything else.
@@ -66,6 +67,7 @@ def sample_to_folder(
         raise UserError(f"batch size {batch_size}: must be at least 1")
     where = choose_device(device)
     dtype = choose_precision(precision, where)
+    diffusers_logging.disable_progress_bar()  # of loading one component
     pipeline = DiPPipeline.from_pretrained(model).to(where)
     num_classes = pipeline.model.config.num_classes
     chosen = [pipeline.class_id(name) for name in classes] or list(range(num_classes))
@@ -109,7 +111,9 @@ def sample_to_folder(
             images += output.images[: GRID_LIMIT - len(images)]
     across = min(len(images), len(chosen) if 1 < len(chosen) <= 16 else 8)
     grid(images, across, scale=display_scale(images[0].width)).save(out / "grid.png")
-    record = {"pixeldip": __version__, "model": model, "seeds": seeds, "classes": labels and [labels[i % len(labels)] for i in range(min(len(labels), len(chosen)))], **settings}
+    record = {"pixeldip": __version__, "model": model, "seeds": seeds, "classes": chosen, **settings}
     (out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     seconds = time.perf_counter() - began
-    console.print(f"{len(seed_list)} images in {seconds:.1f} s ({len(seed_list) / seconds:.2f} a second): {out}/grid.png")
+    console.print(
+        f"{len(seed_list)} images in {seconds:.1f} s ({len(seed_list) / seconds:.2f} a second): {out}/grid.png"
+    )

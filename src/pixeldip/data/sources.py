@@ -68,7 +68,9 @@ def _builder(source: str) -> tuple[str, dict[str, Any]]:
         for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
             if path.suffix == suffix:
                 return builder, {"data_files": {"train": str(path)}}
-        raise UserError(f"data.source {source}: a file, but neither .parquet nor .tar; give the folder that holds the images")
+        raise UserError(
+            f"data.source {source}: a file, but neither .parquet nor .tar; give the folder that holds the images"
+        )
     if path.is_dir():
         for suffix, builder in (("parquet", "parquet"), ("tar", "webdataset")):
             if shards := sorted(str(p) for p in path.rglob(f"*.{suffix}")):

@@ -39,7 +39,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         pixels = np.asarray(image)
-        return Image.fromarray(((pixels if pixels.max() > 1 else 255 * pixels) + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            ((pixels if pixels.max() > 1 else 255 * pixels) + 0.5).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import __version__
-from ..data import open_source
+from ..data import centre_crop, decode, open_source
 from ..images import display_scale, grid
 from ..model import DiP
 from ..recipe import Recipe, image_size
@@ -50,19 +50,17 @@ def demo_page(
     facts = {
         "Data": f"{len(source)} pictures in {len(source.class_names)} classes, {height}×{width} px",
         "Model": f"DiP, {model.num_parameters() / 1e6:.2f} M parameters: {config.depth} blocks {config.hidden_size} wide "
-        f"on {config.patch_size}×{config.patch_size} patches, {config.head} head {config.head_width or ''} wide",
+        f"on {config.patch_size}×{config.patch_size} patches, {config.head} head, predicts the {config.prediction}",
         "Training": f"{recipe.training.steps} steps of {recipe.training.batch_size} images "
         f"({recipe.training.steps * recipe.training.batch_size:,} images seen), seed {recipe.training.seed}",
         "Time": f"{clock(seconds)} in this start; {_median_rate(metrics):.0f} images/s while training (median)",
-        "Sampling": f"{count} images in {sampling_seconds:.1f} s: {settings['solver']}, {settings['num_inference_steps']} steps, "
-        f"guidance {settings['guidance_scale']:g}, EMA weights",
+        "Sampling": f"{count} images in {sampling_seconds:.1f} s: {settings['solver']}, "
+        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}, EMA weights",
         "Made by": f"{environment['command']} · pixeldip {__version__}, torch {environment['torch']}, "
         f"{environment['device']}, {environment['threads']} threads",
     }
     scale = display_scale(width, 72)
     real = {name: [] for name in source.class_names}
-    from ..data import centre_crop, decode
-
     for i in range(len(source)):
         data, label, _ = source.read(i)
         real[source.class_names[label]].append(Image.fromarray(centre_crop(decode(data), height, width)))
@@ -74,11 +72,20 @@ def demo_page(
         }
         for name, pictures in samples.items()
     ]
-    path = [{"t": f"{t:.2f}", "image": data_uri(grid([image], 1, scale=display_scale(width, 104)))} for t, image in denoising]
-    environment_ = jinja2.Environment(loader=jinja2.PackageLoader("pixeldip", "report"), autoescape=True)
-    return environment_.get_template("demo.html").render(
-        facts=facts, rows=rows, path=path, path_class=next(iter(samples)), loss=loss_curve(metrics), run=recipe.out,
-        classes=len(rows), minutes=f"{seconds / 60:.0f}",
+    path = [
+        {"t": f"{t:.2f}", "image": data_uri(grid([image], 1, scale=display_scale(width, 104)))}
+        for t, image in denoising
+    ]
+    templates = jinja2.Environment(loader=jinja2.PackageLoader("pixeldip", "report"), autoescape=True)
+    return templates.get_template("demo.html").render(
+        facts=facts,
+        rows=rows,
+        path=path,
+        path_class=next(iter(samples)),
+        loss=loss_curve(metrics),
+        run=recipe.out,
+        classes=len(rows),
+        minutes=f"{seconds / 60:.0f}",
     )
 
 

@@ -17,7 +17,13 @@ from .ema import EMA
 
 
 def save_checkpoint(
-    run: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, pipeline: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    model: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    pipeline: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Writes the checkpoint of a step, then deletes all but the newest `keep`.
 
@@ -56,7 +62,9 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
         ema.model.load_state_dict(load_file(folder / PIPELINE / "model" / SAFETENSORS_WEIGHTS_NAME), strict=True)
     except Exception as error:  # the readers raise many kinds for damaged files
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: cannot resume from this checkpoint ({reason}); delete it to use an earlier one") from error
+        raise UserError(
+            f"{folder}: cannot resume from this checkpoint ({reason}); delete it to use an earlier one"
+        ) from error
     return state["step"]
 
 

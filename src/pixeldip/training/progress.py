@@ -88,8 +88,14 @@ class Progress:
         rate = batch_size * (step - last) / max(now - then - self.paused, 1e-9)
         self.paused = 0.0
         left = (self.recipe.training.steps - step) * batch_size / rate
-        entry: dict[str, float] = {"step": step, **values, "images_per_second": round(rate, 2), "seconds": round(now - self.started, 2)}
-        line = f"step {step}/{self.recipe.training.steps}  loss {values['loss']:.4f}  {rate:.0f} images/s  {clock(left)} left"
+        entry: dict[str, float] = {
+            "step": step,
+            **values,
+            "images_per_second": round(rate, 2),
+            "seconds": round(now - self.started, 2),
+        }
+        line = f"step {step}/{self.recipe.training.steps}  loss {values['loss']:.4f}"
+        line += f"  {rate:.0f} images/s  {clock(left)} left"
         if self.device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
             line += f"  {entry['memory_gib']:.1f} GiB"

@@ -1,0 +1,132 @@
+"""Before the first step: what is refused, what is built, what the run folder is told."""
+
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import diffusers
+import torch
+from rich.console import Console
+
+from .. import __version__
+from ..data import Source
+from ..errors import UserError
+from ..flow import fold_seed
+from ..model import DiP, check_size
+from ..model.presets import preset_config
+from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
+from ..run_folder import ENVIRONMENT, RECIPE, newest_checkpoint
+from .processes import Processes, choose_precision
+
+_INIT = 2  # stream of randomness beside those of the data's order (0), its flips (1) and the objective (3)
+# What a resumed run may change: how long it goes on and how it is watched, not what is computed
+_MAY_CHANGE = {"out", "preview", "logging", "data.workers", "data.in_memory", "data.max_broken"} | {
+    f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device", "gradient_checkpointing")
+}
+
+
+def check_recipe(recipe: Recipe, world_size: int) -> None:
+    """Refuses what cannot work, before any data is opened.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    training = recipe.training
+    share = world_size * training.gradient_accumulation
+    if training.batch_size % share:
+        raise UserError(
+            f"training.batch_size {training.batch_size} cannot be split over {world_size} processes x "
+            f"{training.gradient_accumulation} accumulation steps: it must be a multiple of {share}"
+        )
+    if recipe.flow.class_dropout == 1:
+        raise UserError("flow.class_dropout 1 would drop every label; give a value below 1")
+    sizes = model_config(recipe.model, num_classes=1)
+    check_size(*image_size(recipe.data), sizes["patch_size"])
+    with torch.device("meta"):
+        DiP(**sizes)
+
+
+def model_config(section: ModelSection, num_classes: int) -> dict[str, Any]:
+    """The `DiP` keywords of a recipe: its preset's row, with the sizes given beside it."""
+    values = dataclasses.asdict(section)
+    preset = values.pop("preset")
+    given = {name: value for name, value in values.items() if value is not None}
+    base = preset_config(preset) if preset else {"patch_size": 16}
+    return {**base, **given, "num_classes": num_classes}
+
+
+def build_model(section: ModelSection, num_classes: int, seed: int) -> DiP:
+    """A freshly initialised model, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold_seed(seed, _INIT))
+        return DiP(**model_config(section, num_classes))
+
+
+def check_resume(run: Path, recipe: Recipe) -> None:
+    path = run / RECIPE
+    if not path.is_file() or not newest_checkpoint(run):
+        return
+    ours, theirs = (_flatten(recipe_values(r)) for r in (recipe, load_recipe(str(path))))
+    for key in ours:
+        if ours[key] != theirs[key] and key not in _MAY_CHANGE and key.split(".")[0] not in _MAY_CHANGE:
+            raise UserError(
+                f"{run} holds a run with {key} = {theirs[key]}, and this one asks for {ours[key]}: "
+                "resume with the same recipe, or choose another folder with --out"
+            )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def prepare_run_folder(run: Path, recipe: Recipe, processes: Processes) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        save_recipe(recipe, run / RECIPE)
+    except OSError as error:
+        raise UserError(f"out {run}: cannot be written ({error.strerror})") from error
+    if not (run / ENVIRONMENT).exists():
+        (run / ENVIRONMENT).write_text(json.dumps(environment(processes), indent=2) + "\n", encoding="utf-8")
+
+
+def environment(processes: Processes) -> dict[str, Any]:
+    """What made a run: command, versions, machine."""
+    cuda = processes.device.type == "cuda"
+    return {
+        "command": command(),
+        "pixeldip": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "datasets": datasets.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(processes.device) if cuda else processes.device.type,
+        "processes": processes.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def command() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def introduce(
+    console: Console, recipe: Recipe, model: DiP, source: Source, processes: Processes, first_step: int
+) -> None:
+    height, width = image_size(recipe.data)
+    precision = choose_precision(recipe.training.precision, processes.device)
+    classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
+    console.print(
+        f"{len(source)} images, {classes}, at {height}x{width}; {model.num_parameters() / 1e6:.1f} M parameters; "
+        f"{processes.world_size} x {processes.device.type}, {str(precision).removeprefix('torch.')}; "
+        + (f"resumed in {recipe.out} after step {first_step}" if first_step else f"run folder {recipe.out}"),
+        highlight=False,
+    )

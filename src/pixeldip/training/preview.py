@@ -1,0 +1,31 @@
+"""Sample grids during training, always of the same seeds, from the averaged weights."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..images import display_scale, grid
+from ..model import DiP
+from ..pipeline import DiPPipeline
+from ..recipe import PreviewSection
+from ..run_folder import PREVIEWS, step_name
+
+
+def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], preview: PreviewSection) -> None:
+    """Writes `previews/step-….png`: a row per class, or a square of images where there are none."""
+    sampler = DiPPipeline(model, **pipeline)
+    num_classes = model.config.num_classes
+    columns = (
+        math.ceil(preview.images / num_classes) if 0 < num_classes < preview.images else math.isqrt(preview.images)
+    )
+    labels = [i // columns % num_classes for i in range(preview.images)] if num_classes else None
+    images = sampler(
+        labels,
+        num_inference_steps=preview.steps,
+        solver=preview.solver,
+        guidance_scale=preview.guidance,
+        seeds=range(preview.images),
+    ).images
+    folder = run / PREVIEWS
+    folder.mkdir(exist_ok=True)
+    grid(images, columns, scale=display_scale(images[0].width, 64)).save(folder / f"{step_name(step)}.png")

@@ -1,0 +1,43 @@
+"""What the loop asks for at every step: random numbers by position, and the learning rate."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..data import Batch
+from ..flow import drop_classes, fold_seed, logit_normal_times, shift_times, uniform_times
+from ..recipe import FlowSection, OptimizerSection
+
+_SAMPLE = 3  # stream of randomness, beside those in preparation.py
+
+
+def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
+    """The rate of a step (from 0): linear warm-up, then constant, or a cosine down to 1%."""
+    warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
+    if section.schedule == "constant":
+        return section.lr * warmup
+    return section.lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def draw(section: FlowSection, batch: Batch, x: Tensor, null_class: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels after class dropout (B,), noise like x, and times (B,): each row from its position in the run.
+
+    So a batch split over processes, or taken up again after a crash, meets the same numbers.
+    """
+    noise, uniforms = torch.empty_like(x), torch.empty(len(x), 2, device=x.device)
+    generator = torch.Generator(x.device)
+    for i, position in enumerate(batch.positions):
+        generator.manual_seed(fold_seed(seed, _SAMPLE, position))
+        noise[i].normal_(generator=generator)
+        uniforms[i].uniform_(generator=generator)
+    if section.time_distribution == "uniform":
+        t = uniform_times(uniforms[:, 0])
+    else:
+        t = logit_normal_times(uniforms[:, 0], section.time_mean, section.time_std)
+    labels = batch.labels.to(x.device, non_blocking=True)
+    return (
+        drop_classes(labels, uniforms[:, 1], section.class_dropout, null_class),
+        noise,
+        shift_times(t, section.time_shift),
+    )
