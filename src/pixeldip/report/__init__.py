@@ -49,8 +49,9 @@ def demo_page(
     count = sum(map(len, samples.values()))
     facts = {
         "Data": f"{len(source)} pictures in {len(source.class_names)} classes, {height}×{width} px",
-        "Model": f"DiP, {model.num_parameters() / 1e6:.2f} M parameters: {config.depth} blocks {config.hidden_size} wide "
-        f"on {config.patch_size}×{config.patch_size} patches, {config.head} head, predicts the {config.prediction}",
+        "Model": f"DiP, {model.num_parameters() / 1e6:.2f} M parameters: {config.depth} blocks "
+        f"{config.hidden_size} wide on {config.patch_size}×{config.patch_size} patches, {config.head} head, "
+        f"predicts the {config.prediction}",
         "Training": f"{recipe.training.steps} steps of {recipe.training.batch_size} images "
         f"({recipe.training.steps * recipe.training.batch_size:,} images seen), seed {recipe.training.seed}",
         "Time": f"{clock(seconds)} in this start; {_median_rate(metrics):.0f} images/s while training (median)",

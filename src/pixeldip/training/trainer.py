@@ -68,7 +68,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
             lr=recipe.optimizer.lr,
             betas=recipe.optimizer.betas,
             weight_decay=recipe.optimizer.weight_decay,
-            fused=processes.device.type == "cuda",
+            fused=processes.device.type in ("cpu", "cuda"),
         )
         checkpoint = newest_checkpoint(run)
         first_step = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint else 0
