@@ -52,7 +52,7 @@ def test_a_run_learns_and_says_so(tmp_path: Path, picture_folder: Path) -> None:
     recipe = tiny_recipe(
         tmp_path / "run",
         picture_folder,
-        training={"steps": 60, "log_every": 10},
+        training={"steps": 60, "log_every": 10, "save_every": 15},
         preview={"every": 30, "images": 4, "steps": 2},
     )
     recipe.optimizer.lr, recipe.optimizer.warmup_steps = 3e-3, 0

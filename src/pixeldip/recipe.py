@@ -236,4 +236,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    path.write_text(yaml.safe_dump(recipe_values(recipe), sort_keys=False), encoding="utf-8")
+    """Replaces the file in one step: another process may be reading it."""
+    written = path.with_name(f".{path.name}.partial")
+    written.write_text(yaml.safe_dump(recipe_values(recipe), sort_keys=False), encoding="utf-8")
+    written.replace(path)

@@ -1,6 +1,6 @@
 """Images for training: sources, transforms and an order that is a pure function."""
 
-from .loader import Batch, TrainingImages, batches, check_broken
+from .loader import Batch, TrainingImages, batches, check_broken, report_broken
 from .order import EpochOrder, PositionSampler
 from .sources import Source, open_source
 from .transforms import BrokenImage, centre_crop, decode
@@ -17,4 +17,5 @@ __all__ = [
     "check_broken",
     "decode",
     "open_source",
+    "report_broken",
 ]

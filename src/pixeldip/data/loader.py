@@ -40,7 +40,8 @@ class TrainingImages(Dataset):
         self.order = EpochOrder(len(source), seed)
         self._memory: np.ndarray | None = None
         self._labels: np.ndarray | None = None
-        self._broken: dict[int, str] = {}
+        self.broken: dict[int, str] = {}
+        """Rows known to be unreadable, and why; filled by `load_into_memory`."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -62,7 +63,7 @@ class TrainingImages(Dataset):
             try:
                 return self._decode(index)
             except BrokenImage as error:
-                self._broken[index] = str(error)
+                self.broken[index] = str(error)
                 return None, 0
 
         height, width = self.size
@@ -76,7 +77,8 @@ class TrainingImages(Dataset):
                 labels[i] = label
                 if image is not None:
                     memory[i] = image
-        check_broken(self._broken, self.source, self.section)
+        check_broken(self.broken, self.source, self.section)
+        report_broken(self.broken, console)
         self._memory, self._labels = memory, labels
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
@@ -92,8 +94,8 @@ class TrainingImages(Dataset):
     def _load(self, index: int) -> tuple[np.ndarray, int]:
         if self._memory is None or self._labels is None:
             return self._decode(index)
-        if index in self._broken:
-            raise BrokenImage(self._broken[index])
+        if index in self.broken:
+            raise BrokenImage(self.broken[index])
         return self._memory[index], int(self._labels[index])
 
     def __getitem__(self, position: int) -> tuple[np.ndarray, int, int, dict[int, str]]:
@@ -120,6 +122,11 @@ def check_broken(broken: dict[int, str], source: Source, section: DataSection) -
             f"data.source {section.source}: {len(broken)} of {len(source)} images cannot be read, more than "
             f"data.max_broken = {section.max_broken:g} allows; repair or remove them, or raise it:\n  {first}"
         )
+
+
+def report_broken(broken: dict[int, str], console: Console) -> None:
+    for why in broken.values():
+        console.print(f"skipped, cannot be read: {why}", style="yellow", highlight=False, markup=False)
 
 
 def _collate(items: list[tuple[np.ndarray, int, int, dict[int, str]]]) -> Batch:

@@ -1,6 +1,7 @@
 """Before the first step: what is refused, what is built, what the run folder is told."""
 
 import dataclasses
+import importlib.util
 import json
 import platform
 import shlex
@@ -45,6 +46,9 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
         )
     if recipe.flow.class_dropout == 1:
         raise UserError("flow.class_dropout 1 would drop every label; give a value below 1")
+    for tracker in recipe.logging.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"logging.trackers: {tracker} is not installed; pip install 'pixeldip[{tracker}]'")
     sizes = model_config(recipe.model, num_classes=1)
     check_size(*image_size(recipe.data), sizes["patch_size"])
     with torch.device("meta"):

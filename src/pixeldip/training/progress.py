@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import UserError
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
 
@@ -123,7 +122,6 @@ class Progress:
 
 class _TensorBoard:
     def __init__(self, run: Path, recipe: Recipe):
-        _require("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(run / "tensorboard")
@@ -140,7 +138,7 @@ class _WandbLike:
     package: str
 
     def __init__(self, run: Path, recipe: Recipe):
-        self.module = _require(self.package, self.package)
+        self.module = importlib.import_module(self.package)
         self.module.init(project=recipe.logging.project, name=run.name, config=recipe_values(recipe), resume="allow")
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -159,10 +157,3 @@ class _Trackio(_WandbLike):
 
 
 _TRACKERS: dict[str, type] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-
-
-def _require(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"logging.trackers: {module} is not installed; pip install 'pixeldip[{extra}]'") from None

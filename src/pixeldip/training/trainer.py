@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import __version__
-from ..data import Batch, PositionSampler, Source, TrainingImages, batches, check_broken, open_source
+from ..data import PositionSampler, TrainingImages, batches, check_broken, open_source, report_broken
 from ..errors import UserError
 from ..flow import velocity_loss
 from ..images import from_uint8
@@ -115,7 +115,7 @@ def _loop(
         processes.world_size,
     )
     stream = batches(images, sampler, pin_memory=device.type == "cuda")
-    broken: dict[int, str] = {}
+    broken = dict(images.broken)
     loss_sum, steps_summed = torch.zeros((), device=device), 0
     model.train()
     with _signals() as caught, contextlib.ExitStack() as stack:
@@ -131,7 +131,9 @@ def _loop(
                 group["lr"] = learning_rate(recipe.optimizer, step, training.steps)
             for part in range(training.gradient_accumulation):
                 batch = next(stream)
-                _report_broken(batch, broken, source, recipe, console)
+                report_broken({i: why for i, why in batch.broken.items() if i not in broken}, console)
+                broken |= batch.broken
+                check_broken(broken, source, recipe.data)
                 last = part == training.gradient_accumulation - 1
                 with contextlib.nullcontext() if last or processes.world_size == 1 else network.no_sync():
                     x = from_uint8(batch.images.to(device, non_blocking=True))
@@ -151,13 +153,15 @@ def _loop(
             saves = done % training.save_every == 0 or done == training.steps
             stops = processes.any(bool(caught)) if logs or processes.world_size == 1 else False
             if logs or saves or stops:
-                mean_loss = (processes.mean(loss_sum) / steps_summed).item()
-                loss_sum, steps_summed = torch.zeros((), device=device), 0
+                mean_loss = (processes.mean(loss_sum.clone()) / steps_summed).item()
                 if not math.isfinite(mean_loss):
                     raise UserError(
                         f"the loss became {mean_loss} by step {done}; nothing was saved since the last checkpoint. "
                         "Lower optimizer.lr, or set training.precision fp32, and start the command again"
                     )
+            if logs:
+                loss_sum.zero_()
+                steps_summed = 0
                 if progress:
                     lr = optimizer.param_groups[0]["lr"]
                     progress.step(done, flops, loss=mean_loss, lr=lr, gradient_norm=round(norm.item(), 6))
@@ -175,14 +179,6 @@ def _loop(
                 return Outcome(run, done, next(iter(caught), signal.SIGTERM))
         processes.barrier()
     return Outcome(run, training.steps)
-
-
-def _report_broken(batch: Batch, broken: dict[int, str], source: Source, recipe: Recipe, console: Console) -> None:
-    for index, why in batch.broken.items():
-        if index not in broken:
-            console.print(f"[yellow]skipped[/] ({len(broken) + 1} so far) {why}", highlight=False)
-    broken.update(batch.broken)
-    check_broken(broken, source, recipe.data)
 
 
 @contextlib.contextmanager
