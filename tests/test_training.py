@@ -130,8 +130,7 @@ def test_two_processes_train_as_one(tmp_path: Path, picture_folder: Path) -> Non
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
+        "--standalone",
         "-m",
         "pixeldip.cli",
     ]
