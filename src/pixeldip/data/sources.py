@@ -1,5 +1,6 @@
 """Where images come from, all as map-style Hugging Face datasets."""
 
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -9,6 +10,7 @@ from ..errors import UserError
 from ..recipe import DataSection
 
 BUNDLED = {"emoji": "emoji.parquet"}
+BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -65,17 +67,24 @@ def _builder(source: str) -> tuple[str, dict[str, Any]]:
     if source in BUNDLED and not path.exists():
         return "parquet", {"data_files": {"train": str(resources.files(__package__) / "bundled" / BUNDLED[source])}}
     if path.is_file():
-        for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
-            if path.suffix == suffix:
-                return builder, {"data_files": {"train": str(path)}}
+        if path.suffix in BUILDERS:
+            return BUILDERS[path.suffix], {"data_files": {"train": str(path)}}
         raise UserError(
             f"data.source {source}: a file, but neither .parquet nor .tar; give the folder that holds the images"
         )
     if path.is_dir():
-        for suffix, builder in (("parquet", "parquet"), ("tar", "webdataset")):
-            if shards := sorted(str(p) for p in path.rglob(f"*.{suffix}")):
-                return builder, {"data_files": {"train": shards}}
-        if not any(p.suffix.lower() in _IMAGE_SUFFIXES for p in path.rglob("*")):
+        shards: dict[str, list[str]] = {suffix: [] for suffix in BUILDERS}
+        has_images = False
+        for folder, _, names in os.walk(path):
+            for name in names:
+                suffix = os.path.splitext(name)[1].lower()
+                has_images |= suffix in _IMAGE_SUFFIXES
+                if suffix in shards:
+                    shards[suffix].append(os.path.join(folder, name))
+        for suffix, builder in BUILDERS.items():
+            if shards[suffix]:
+                return builder, {"data_files": {"train": sorted(shards[suffix])}}
+        if not has_images:
             raise UserError(f"data.source {source}: no image, .parquet or .tar files in this folder")
         return "imagefolder", {"data_dir": str(path)}
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/"):

@@ -19,8 +19,8 @@ from ..data import PositionSampler, TrainingImages, batches, check_broken, open_
 from ..errors import UserError
 from ..flow import velocity_loss
 from ..images import from_uint8
-from ..model import DiP, check_size
-from ..recipe import Recipe, image_size
+from ..model import DiP
+from ..recipe import Recipe
 from ..run_folder import newest_checkpoint
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EMA
@@ -59,7 +59,6 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         source = open_source(recipe.data)
         check_resume(run, recipe)
         model = build_model(recipe.model, len(source.class_names), training.seed).to(processes.device)
-        check_size(*image_size(recipe.data), model.config.patch_size)
         if training.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         ema = EMA(model, training.ema_decay)
