@@ -126,7 +126,7 @@ def check_broken(broken: dict[int, str], source: Source, section: DataSection) -
 
 def report_broken(broken: dict[int, str], console: Console) -> None:
     for why in broken.values():
-        console.print(f"skipped, cannot be read: {why}", style="yellow", highlight=False, markup=False)
+        console.print(f"skipped, cannot be read: {why}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _collate(items: list[tuple[np.ndarray, int, int, dict[int, str]]]) -> Batch:

@@ -133,4 +133,5 @@ def introduce(
         f"{processes.world_size} x {processes.device.type}, {str(precision).removeprefix('torch.')}; "
         + (f"resumed in {recipe.out} after step {first_step}" if first_step else f"run folder {recipe.out}"),
         highlight=False,
+        soft_wrap=True,
     )

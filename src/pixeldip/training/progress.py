@@ -109,7 +109,7 @@ class Progress:
         if self._status:
             self._status.update(line)
         else:
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def pause(self, seconds: float) -> None:
         """Time since the last logged step that was not training (a preview, a checkpoint)."""

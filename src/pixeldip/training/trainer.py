@@ -72,7 +72,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         checkpoint = newest_checkpoint(run)
         first_step = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint else 0
         if first_step >= training.steps:
-            console.print(f"{run}: all {first_step} steps are done; raise --training.steps to go on")
+            console.print(f"{run}: all {first_step} steps are done; raise --training.steps to go on", soft_wrap=True)
             return Outcome(run, first_step)
         images = TrainingImages(source, recipe.data, training.seed)
         if images.fits_in_memory():
@@ -174,7 +174,7 @@ def _loop(
                 progress.pause(time.perf_counter() - began)
             if stops:
                 processes.barrier()
-                console.print(f"stopped after step {done}; the same command goes on from there")
+                console.print(f"stopped after step {done}; the same command goes on from there", soft_wrap=True)
                 return Outcome(run, done, next(iter(caught), signal.SIGTERM))
         processes.barrier()
     return Outcome(run, training.steps)
