@@ -136,6 +136,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (lambda s: s.pop("blocks.1.mlp.w3.weight"), "blocks.1.mlp.up.weight"),
         (lambda s: s.update({"blocks.0.extra.weight": torch.zeros(1)}), "blocks.0.extra.weight"),
+        (lambda s: s.update(one=torch.zeros(1), two=torch.zeros(1)), "Unknown: one, two"),
         (lambda s: s.update({"s_embedder.proj.bias": torch.zeros(3)}), "s_embedder.proj.bias has shape"),
         (lambda s: s.pop("s_embedder.proj.weight"), "s_embedder.proj.weight"),
         (lambda s: s.update({"blocks.0.norm1.weight": "text"}), "blocks.0.norm1.weight"),

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -120,7 +120,7 @@ class ConvertArguments:
     """Lightning .ckpt, or .safetensors with the release's tensor names."""
     out: tyro.conf.Positional[Path]
     """Folder to write; DiPPipeline.from_pretrained and pixeldip sample read it."""
-    weights: Annotated[Literal["ema", "model"], tyro.conf.arg()] = "ema"
+    weights: Literal["ema", "model"] = "ema"
     """The averaged weights, which the authors sample from, or the raw ones."""
     resolution: int | None = None
     """Training size in pixels; by default 16 patches a side, as in the release."""

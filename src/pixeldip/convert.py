@@ -62,7 +62,7 @@ def load_release(path: str | Path, weights: str = "ema") -> DiP:
     with torch.device("meta"):
         model = DiP(**config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    renamed = {our_name(name): (name, tensor) for name, tensor in tensors.items()}
+    renamed = {our_name(name) or name: (name, tensor) for name, tensor in tensors.items()}
     missing = sorted(expected.keys() - renamed.keys())
     surplus = sorted(renamed[name][0] for name in renamed.keys() - expected.keys())
     if missing or surplus:

@@ -16,7 +16,7 @@ from .pipeline import DiPPipeline
 from .recipe import Recipe, load_recipe
 from .report import demo_page
 from .training import train
-from .training.processes import choose_device, choose_precision
+from .training.processes import autocast, choose_device, choose_precision
 
 SAMPLES_PER_CLASS = 10
 STEPS = 20
@@ -76,7 +76,7 @@ def write_report(recipe: Recipe, device: torch.device, seconds: float) -> Path:
         "guidance_interval": (0.0, 1.0),
     }
     began = time.perf_counter()
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with autocast(device, dtype):
         labels = [name for name in names for _ in range(SAMPLES_PER_CLASS)]
         images = pipeline(labels, seeds=range(len(labels)), **settings).images
         sampling_seconds = time.perf_counter() - began

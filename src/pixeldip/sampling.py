@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
@@ -15,7 +14,7 @@ from . import __version__
 from .errors import UserError
 from .images import display_scale, grid
 from .pipeline import DiPPipeline
-from .training.processes import choose_device, choose_precision
+from .training.processes import autocast, choose_device, choose_precision
 
 GRID_LIMIT = 256
 
@@ -94,7 +93,7 @@ def sample_to_folder(
         task = progress.add_task("", total=len(batches) * steps)
         for start in batches:
             part = slice(start, start + batch_size)
-            with torch.autocast(where.type, dtype, enabled=dtype != torch.float32):
+            with autocast(where, dtype):
                 output = pipeline(
                     labels[part] if labels else None,
                     seeds=seed_list[part],

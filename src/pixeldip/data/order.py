@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-_ORDER, _FLIP = 0, 1  # streams of randomness that must not meet
+from ..flow import Stream
 
 
 class EpochOrder:
@@ -20,14 +20,14 @@ class EpochOrder:
         """(epoch, index) of the image at a position of the run."""
         epoch, place = divmod(position, self.n)
         if epoch != self._epoch:
-            self._permutation = np.random.default_rng((self.seed, _ORDER, epoch)).permutation(self.n)
+            self._permutation = np.random.default_rng((self.seed, Stream.ORDER, epoch)).permutation(self.n)
             self._epoch = epoch
         return epoch, int(self._permutation[place])
 
 
 def is_flipped(seed: int, epoch: int, index: int) -> bool:
     """A fair coin for each image in each epoch."""
-    return bool(np.random.default_rng((seed, _FLIP, epoch, index)).integers(2))
+    return bool(np.random.default_rng((seed, Stream.FLIP, epoch, index)).integers(2))
 
 
 class PositionSampler(Sampler[list[int]]):

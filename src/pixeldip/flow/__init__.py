@@ -1,7 +1,7 @@
 """The path, its loss, solvers and guidance: functions of callables, free of the network."""
 
 from .guidance import guided_velocity
-from .noise import fold_seed, seeded_normal
+from .noise import Stream, fold_seed, seeded_normal
 from .path import (
     clean_image,
     drop_classes,
@@ -16,6 +16,7 @@ from .solvers import SOLVERS, evaluations, time_grid
 
 __all__ = [
     "SOLVERS",
+    "Stream",
     "clean_image",
     "drop_classes",
     "evaluations",

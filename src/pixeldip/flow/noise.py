@@ -1,10 +1,20 @@
 """Random numbers that belong to an image, not to a batch, a process or a device's global state."""
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What a run draws at random: each from numbers of its own, keyed (seed, stream, …)."""
+
+    ORDER = 0
+    FLIP = 1
+    INITIALISATION = 2
+    OBJECTIVE = 3
 
 
 def fold_seed(*integers: int) -> int:

@@ -17,14 +17,13 @@ from rich.console import Console
 from .. import __version__
 from ..data import Source
 from ..errors import UserError
-from ..flow import fold_seed
+from ..flow import Stream, fold_seed
 from ..model import DiP, check_size
 from ..model.presets import preset_config
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import ENVIRONMENT, RECIPE, newest_checkpoint
 from .processes import Processes, choose_precision
 
-_INIT = 2  # stream of randomness beside those of the data's order (0), its flips (1) and the objective (3)
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
 _MAY_CHANGE = {"out", "preview", "logging", "data.workers", "data.in_memory", "data.max_broken"} | {
     f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device", "gradient_checkpointing")
@@ -67,7 +66,7 @@ def model_config(section: ModelSection, num_classes: int) -> dict[str, Any]:
 def build_model(section: ModelSection, num_classes: int, seed: int) -> DiP:
     """A freshly initialised model, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold_seed(seed, _INIT))
+        torch.manual_seed(fold_seed(seed, Stream.INITIALISATION))
         return DiP(**model_config(section, num_classes))
 
 

@@ -68,6 +68,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """The context in which float32 weights compute in `precision`; float32 changes nothing."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
 def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
+from .processes import Processes
 
 # Dense bf16 matrix throughput of the makers' data sheets, FLOP/s, for model FLOPs utilisation
 PEAK_FLOPS = {
@@ -53,9 +53,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Logs a run from its main process. Use as a context manager."""
 
-    def __init__(self, run: Path, recipe: Recipe, console: Console, first_step: int, device: torch.device):
-        self.run, self.recipe, self.console, self.device = run, recipe, console, device
-        self.first_step = first_step
+    def __init__(self, run: Path, recipe: Recipe, console: Console, first_step: int, processes: Processes):
+        self.recipe, self.console, self.processes = recipe, console, processes
         self.started = time.perf_counter()
         self.paused = 0.0
         self.trackers = [_TRACKERS[name](run, recipe) for name in recipe.logging.trackers]
@@ -95,13 +94,13 @@ class Progress:
         }
         line = f"step {step}/{self.recipe.training.steps}  loss {values['loss']:.4f}"
         line += f"  {rate:.0f} images/s  {clock(left)} left"
-        if self.device.type == "cuda":
-            entry["memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        device = self.processes.device
+        if device.type == "cuda":
+            entry["memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
             line += f"  {entry['memory_gib']:.1f} GiB"
-            peak = peak_flops(self.device)
+            peak = peak_flops(device)
             if peak and flops_per_image:
-                world = int(os.environ.get("WORLD_SIZE", 1))
-                entry["mfu"] = round(rate * flops_per_image / (peak * world), 4)
+                entry["mfu"] = round(rate * flops_per_image / (peak * self.processes.world_size), 4)
                 line += f"  MFU {entry['mfu']:.0%}"
         self._write(entry)
         for tracker in self.trackers:

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from ..flow import drop_classes, fold_seed, logit_normal_times, shift_times, uniform_times
+from ..flow import Stream, drop_classes, fold_seed, logit_normal_times, shift_times, uniform_times
 from ..recipe import FlowSection, OptimizerSection
-
-_SAMPLE = 3  # stream of randomness, beside those in preparation.py
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
@@ -28,7 +26,7 @@ def draw(section: FlowSection, batch: Batch, x: Tensor, null_class: int, seed: i
     noise, uniforms = torch.empty_like(x), torch.empty(len(x), 2, device=x.device)
     generator = torch.Generator(x.device)
     for i, position in enumerate(batch.positions):
-        generator.manual_seed(fold_seed(seed, _SAMPLE, position))
+        generator.manual_seed(fold_seed(seed, Stream.OBJECTIVE, position))
         noise[i].normal_(generator=generator)
         uniforms[i].uniform_(generator=generator)
     if section.time_distribution == "uniform":

@@ -6,7 +6,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EMA
 from .preparation import build_model, check_recipe, check_resume, command, introduce, prepare_run_folder
 from .preview import save_preview
-from .processes import Processes, choose_precision, start_processes, stop_processes
+from .processes import Processes, autocast, choose_precision, start_processes, stop_processes
 from .progress import Progress, peak_flops, training_flops
 from .schedule import draw, learning_rate
 
@@ -98,7 +97,6 @@ def _loop(
 ) -> Outcome:
     training, device, source = recipe.training, processes.device, images.source
     precision = choose_precision(training.precision, device)
-    autocast = partial(torch.autocast, device.type, precision, enabled=precision != torch.float32)
     network: nn.Module = torch.compile(model) if training.compile else model
     if processes.world_size > 1:
         network = DistributedDataParallel(network)
@@ -119,7 +117,7 @@ def _loop(
     model.train()
     with _signals() as caught, contextlib.ExitStack() as stack:
         progress = (
-            stack.enter_context(Progress(run, recipe, console, first_step, device)) if processes.is_main else None
+            stack.enter_context(Progress(run, recipe, console, first_step, processes)) if processes.is_main else None
         )
         if progress:
             progress.event(
@@ -137,7 +135,7 @@ def _loop(
                 with contextlib.nullcontext() if last or processes.world_size == 1 else network.no_sync():
                     x = from_uint8(batch.images.to(device, non_blocking=True))
                     y, noise, t = draw(recipe.flow, batch, x, model.config.num_classes, training.seed)
-                    with autocast():
+                    with autocast(device, precision):
                         loss = velocity_loss(network, x, y, noise, t).mean() / training.gradient_accumulation
                     loss.backward()
                 loss_sum += loss.detach()
@@ -169,7 +167,7 @@ def _loop(
                 if saves or stops:
                     save_checkpoint(run, done, model, ema, optimizer, pipeline, training.keep_last)
                 if recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps):
-                    with autocast():
+                    with autocast(device, precision):
                         save_preview(run, done, ema.model, pipeline, recipe.preview)
                 progress.pause(time.perf_counter() - began)
             if stops:
