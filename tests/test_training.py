@@ -15,12 +15,12 @@ from rich.console import Console
 from torch import nn
 
 from pixeldip import DiPPipeline, UserError
+from pixeldip.processes import Processes, choose_precision
 from pixeldip.recipe import FlowSection, OptimizerSection, load_recipe, parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import checkpoints, newest_checkpoint, read_metrics
 from pixeldip.training import train
 from pixeldip.training.ema import EMA
 from pixeldip.training.preparation import build_model, check_recipe
-from pixeldip.training.processes import Processes, choose_precision
 from pixeldip.training.schedule import draw, learning_rate
 
 from .conftest import tiny_recipe

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from .errors import UserError
-from .recipe import Recipe, load_recipe, parse_recipe, recipe_values
+from .recipe import Recipe, SamplingSettings, load_recipe, parse_recipe, recipe_values
 
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
 
@@ -79,23 +79,19 @@ def train(arguments: list[str]) -> int:
 
 
 @dataclass
-class SampleArguments:
+class SampleArguments(SamplingSettings):
     """Sample images from a trained model."""
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[str] = tyro.MISSING
     """A run folder, a saved model folder or a hub id."""
     out: Path = Path("samples")
-    """Folder for the PNG files, a grid.png and settings.json."""
+    """A folder for PNG files, a grid.png and settings.json; or FILE.npz for ADM's and pixeldip's evaluators."""
     classes: tuple[str, ...] = ()
-    """Class names or ids; by default all of them in turn."""
+    """Class names or ids; by default all of them."""
     seeds: str = "0-15"
-    """One image per seed: 7, 0-15 or 0-7,20; the classes are dealt out in turn."""
-    steps: int = 50
-    solver: Literal["euler", "heun", "ab2"] = "euler"
-    guidance: float = 4.0
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[float, float] = (0.1, 1.0)
-    time_shift: float = 1.0
+    """One image per seed: 7, 0-15 or 0-7,20. The classes are dealt out in turn, and in an .npz in a random order."""
+    class_order_seed: int | None = None
+    """Deal the classes out in the random order of this seed; None: 0 for an .npz, in turn for a folder."""
     height: int | None = None
     width: int | None = None
     batch_size: int = 32
@@ -104,11 +100,24 @@ class SampleArguments:
 
 
 def sample(arguments: list[str]) -> int:
-    """Sample images from a trained model into a folder."""
+    """Sample images from a trained model into a folder or an .npz file."""
     parsed = tyro.cli(SampleArguments, prog="pixeldip sample", args=arguments)
-    from .sampling import sample_to_folder
+    from .processes import choose_device, choose_precision
+    from .sampling import SampledImages, load_pipeline, parse_seeds, sample_to_file
 
-    sample_to_folder(**vars(parsed))
+    seeds, device = parse_seeds(parsed.seeds), choose_device(parsed.device)
+    order_seed = 0 if parsed.class_order_seed is None and parsed.out.suffix == ".npz" else parsed.class_order_seed
+    images = SampledImages(
+        load_pipeline(parsed.model, device),
+        parsed,
+        seeds,
+        parsed.classes,
+        order_seed,
+        choose_precision(parsed.precision, device),
+        parsed.height,
+        parsed.width,
+    )
+    sample_to_file(images, parsed.model, parsed.out, parsed.batch_size)
     return 0
 
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from .errors import UserError
 from .images import to_pil
 from .pipeline import DiPPipeline
+from .processes import autocast, choose_device, choose_precision
 from .recipe import Recipe, load_recipe
 from .report import demo_page
 from .training import train
-from .training.processes import autocast, choose_device, choose_precision
 
 SAMPLES_PER_CLASS = 10
 STEPS = 20

@@ -129,15 +129,40 @@ class TrainingSection:
 
 @_section
 @dataclass
-class PreviewSection:
+class SamplingSettings:
+    """How images come from noise."""
+
+    steps: Positive = 50
+    solver: Literal["euler", "heun", "ab2"] = "euler"
+    guidance: float = 4.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[Fraction, Fraction] = (0.1, 1.0)
+    """Times between which steps are guided; 0 is noise, 1 is the image."""
+    time_shift: Annotated[float, Field(gt=0)] = 1.0
+    """Above 1 takes more of the steps at noisy times."""
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """The keywords `DiPPipeline.__call__` knows these settings by."""
+        return {
+            "num_inference_steps": self.steps,
+            "solver": self.solver,
+            "guidance_scale": self.guidance,
+            "guidance_interval": tuple(self.guidance_interval),
+            "time_shift": self.time_shift,
+        }
+
+
+@_section
+@dataclass
+class PreviewSection(SamplingSettings):
     """Sample grids from the EMA weights during training, always of the same seeds."""
 
-    every: NonNegative = 1000
-    """Steps between previews; 0: none."""
-    images: Positive = 32
     steps: Positive = 30
     solver: Literal["euler", "heun", "ab2"] = "ab2"
     guidance: float = 2.0
+    every: NonNegative = 1000
+    """Steps between previews; 0: none."""
+    images: Positive = 32
 
 
 @_section

@@ -1,20 +1,27 @@
-"""Sampling to a folder: seeds dealt over classes, PNG files that say how they were made."""
+"""Sampling many images: seeds dealt over classes, written as PNG files or as one `.npz`."""
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import __version__
+from .data import NpzWriter
 from .errors import UserError
-from .images import display_scale, grid
+from .flow import Stream
+from .images import display_scale, grid, to_uint8
 from .pipeline import DiPPipeline
-from .training.processes import autocast, choose_device, choose_precision
+from .processes import autocast
+from .provenance import made_by
+from .recipe import SamplingSettings
 
 GRID_LIMIT = 256
 
@@ -37,82 +44,215 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def sample_to_folder(
-    model: str,
-    out: Path,
-    classes: tuple[str, ...],
-    seeds: str,
-    steps: int,
-    solver: str,
-    guidance: float,
-    guidance_interval: tuple[float, float],
-    time_shift: float,
-    height: int | None,
-    width: int | None,
-    batch_size: int,
-    device: str,
-    precision: str,
-) -> None:
-    """Writes an image per seed, `grid.png` of the first ones and `settings.json`.
-
-    Image i has seed i of the list and class i modulo the number of classes; batch size and
-    device do not change which image that is.
+def load_pipeline(model: str, device: torch.device) -> DiPPipeline:
+    """The pipeline of a run folder, a saved folder or a hub id, on a device.
 
     Raises:
-        UserError: if an argument is out of range or the folder cannot be written.
+        UserError: if there is no model of that name.
     """
-    seed_list = parse_seeds(seeds)
+    diffusers_logging.disable_progress_bar()  # of loading one component
+    return DiPPipeline.from_pretrained(model).to(device)
+
+
+def deal_classes(classes: Sequence[int], count: int, order_seed: int | None) -> list[int]:
+    """The classes of `count` images, as many of each as of any other, or one more.
+
+    They come in turn, or, with a seed, in a random order: the Inception Score is a mean over consecutive
+    splits, and means something only if each split holds all classes.
+    """
+    dealt = [classes[i % len(classes)] for i in range(count)]
+    if order_seed is not None:
+        order = np.random.default_rng((order_seed, Stream.CLASS_ORDER)).permutation(count)
+        dealt = [dealt[i] for i in order]
+    return dealt
+
+
+class SampledImages:
+    """The images a model makes of seeds and classes, sampled when they are read.
+
+    Image i has seed i of the list and a class dealt out by `deal_classes`; neither the part read with it nor
+    the process that reads it changes which image that is.
+
+    Args:
+        classes: names or ids; by default all of the model's.
+        order_seed: of the random order of the classes; None: in turn.
+        precision: of the network's computation.
+
+    Raises:
+        UserError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiPPipeline,
+        settings: SamplingSettings,
+        seeds: Sequence[int],
+        classes: Sequence[str | int] = (),
+        order_seed: int | None = None,
+        precision: torch.dtype = torch.float32,
+        height: int | None = None,
+        width: int | None = None,
+    ):
+        self.pipeline, self.settings, self.seeds, self.precision = pipeline, settings, seeds, precision
+        self.height, self.width = height or pipeline.config.height, width or pipeline.config.width
+        self.chosen = [pipeline.class_id(c) for c in classes] or list(range(pipeline.model.config.num_classes))
+        self.order_seed = order_seed
+        self.labels = np.array(deal_classes(self.chosen, len(seeds), order_seed)) if self.chosen else None
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def class_of(self, index: int) -> str | int | None:
+        """The name of an image's class, or its id where classes have no names."""
+        if self.labels is None:
+            return None
+        names, label = self.pipeline.config.class_names, int(self.labels[index])
+        return names[label] if names else label
+
+    def read(self, start: int, stop: int, on_step: Callable[[int], None] | None = None) -> np.ndarray:
+        """Samples images start ... stop - 1: uint8 (n, H, W, 3).
+
+        Raises:
+            UserError: if the model puts out anything that is not a number.
+        """
+        part = slice(start, stop)
+        with autocast(self.pipeline.device, self.precision):
+            x = self.pipeline(
+                None if self.labels is None else self.labels[part].tolist(),
+                seeds=self.seeds[part],
+                height=self.height,
+                width=self.width,
+                output_type="pt",
+                on_step=on_step,
+                **self.settings.pipeline_arguments(),
+            ).images
+        broken = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+        if broken:
+            raise UserError(
+                f"{len(broken)} of {len(x)} sampled images hold values that are not finite; the first is "
+                f"image {start + broken[0]}, seed {self.seeds[start + broken[0]]}: "
+                "use precision fp32, or another checkpoint"
+            )
+        if x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+
+    def made_with(self) -> dict[str, Any]:
+        """What one needs to know to sample the same images again."""
+        return {
+            "seeds": _ranges(self.seeds),
+            "classes": self.chosen,
+            "class_order_seed": self.order_seed,
+            **self.settings.pipeline_arguments(),
+            "height": self.height,
+            "width": self.width,
+            "precision": str(self.precision).removeprefix("torch."),
+        }
+
+
+def sample_to_file(
+    images: SampledImages, model: str, out: Path, batch_size: int, console: Console | None = None
+) -> None:
+    """Samples all images into a folder (see `ImageFolderWriter`) or, if `out` ends in .npz, one file that ADM's
+    evaluator reads.
+
+    Raises:
+        UserError: if an argument is out of range or nothing can be written there.
+    """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: must be at least 1")
-    where = choose_device(device)
-    dtype = choose_precision(precision, where)
-    diffusers_logging.disable_progress_bar()  # of loading one component
-    pipeline = DiPPipeline.from_pretrained(model).to(where)
-    num_classes = pipeline.model.config.num_classes
-    chosen = [pipeline.class_id(name) for name in classes] or list(range(num_classes))
-    labels = [chosen[i % len(chosen)] for i in range(len(seed_list))] if chosen else None
-    settings: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "solver": solver,
-        "guidance_scale": guidance,
-        "guidance_interval": guidance_interval,
-        "time_shift": time_shift,
-        "height": height,
-        "width": width,
-    }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out {out}: cannot be written ({error.strerror})") from error
-    names = pipeline.config.class_names
-    began, images = time.perf_counter(), []
+    console = console or Console()
+    began = time.perf_counter()
     columns = (TextColumn("Sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console()
-    with Progress(*columns, console=console) as progress:
-        batches = range(0, len(seed_list), batch_size)
-        task = progress.add_task("", total=len(batches) * steps)
-        for start in batches:
-            part = slice(start, start + batch_size)
-            with autocast(where, dtype):
-                output = pipeline(
-                    labels[part] if labels else None,
-                    seeds=seed_list[part],
-                    on_step=lambda _: progress.advance(task),
-                    **settings,
-                )
-            for offset, image in enumerate(output.images, start):
-                made_with = {"model": model, "seed": seed_list[offset], "version": __version__, **settings}
-                if labels:
-                    made_with["class"] = names[labels[offset]] if names else labels[offset]
-                note = PngInfo()
-                note.add_text("pixeldip", json.dumps(made_with))
-                image.save(out / f"{offset:06d}.png", pnginfo=note)
-            images += output.images[: GRID_LIMIT - len(images)]
-    across = min(len(images), len(chosen) if 1 < len(chosen) <= 16 else 8)
-    grid(images, across, scale=display_scale(images[0].width)).save(out / "grid.png")
-    record = {"pixeldip": __version__, "model": model, "seeds": seeds, "classes": chosen, **settings}
-    (out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with image_writer(images, model, out) as writer, Progress(*columns, console=console) as progress:
+        starts = range(0, len(images), batch_size)
+        task = progress.add_task("", total=len(starts) * images.settings.steps)
+        for start in starts:
+            writer.add(images.read(start, start + batch_size, lambda _: progress.advance(task)))
     seconds = time.perf_counter() - began
-    console.print(
-        f"{len(seed_list)} images in {seconds:.1f} s ({len(seed_list) / seconds:.2f} a second): {out}/grid.png"
-    )
+    shown = out if out.suffix == ".npz" else out / "grid.png"
+    console.print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")
+
+
+def image_writer(images: SampledImages, model: str, out: Path) -> "NpzImageWriter | ImageFolderWriter":
+    """The writer for a path: `.npz`, or a folder."""
+    return (NpzImageWriter if out.suffix == ".npz" else ImageFolderWriter)(images, model, out)
+
+
+class NpzImageWriter(NpzWriter):
+    """Sampled images in one `.npz` with their classes; use as a context manager, add images in order."""
+
+    def __init__(self, images: SampledImages, model: str, out: Path):
+        made_with = {**made_by(), "model": model, **images.made_with()}
+        super().__init__(out, len(images), images.height, images.width, made_with)
+        self._labels = images.labels
+
+    def finish(self) -> None:
+        super().finish(**({} if self._labels is None else {"arr_1": self._labels}))
+
+
+class ImageFolderWriter:
+    """Sampled images as PNG files that say how they were made; use as a context manager, add images in order.
+
+    The folder also gets `metadata.jsonl` (file, class and seed of each image, as Hugging Face's imagefolder reads
+    them), `grid.png` of the first images and `settings.json`.
+    """
+
+    def __init__(self, images: SampledImages, model: str, out: Path):
+        self.images, self.model, self.out = images, model, out
+        self._count = 0
+        self._first: list[Image.Image] = []
+
+    def __enter__(self) -> "ImageFolderWriter":
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._metadata = (self.out / "metadata.jsonl").open("w", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"out {self.out}: cannot be written ({error.strerror})") from error
+        return self
+
+    def add(self, images: np.ndarray) -> None:
+        """The next images, uint8 (n, H, W, 3)."""
+        made_with = {"model": self.model, **made_by(), **self.images.made_with()}
+        del made_with["seeds"], made_with["classes"]
+        for pixels in images:
+            i = self._count
+            row = {"seed": int(self.images.seeds[i])}
+            if self.images.labels is not None:
+                row["class"] = self.images.class_of(i)
+            note = PngInfo()
+            note.add_text("pixeldip", json.dumps({**made_with, **row}))
+            picture = Image.fromarray(pixels)
+            name = f"{i:06d}.png"
+            try:
+                picture.save(self.out / name, pnginfo=note)
+            except OSError as error:
+                raise UserError(f"{self.out / name}: cannot be written ({error.strerror or error})") from error
+            if "class" in row:
+                row["label"] = str(row.pop("class"))
+            self._metadata.write(json.dumps({"file_name": name, **row}) + "\n")
+            if i < GRID_LIMIT:
+                self._first.append(picture)
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._metadata.close()
+        if not self._first:
+            return
+        chosen = self.images.chosen
+        in_turn = self.images.order_seed is None and 1 < len(chosen) <= 16
+        across = min(len(self._first), len(chosen) if in_turn else 8)
+        grid(self._first, across, scale=display_scale(self.images.width)).save(self.out / "grid.png")
+        record = {**made_by(), "model": self.model, **self.images.made_with()}
+        (self.out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """The text `parse_seeds` reads, with runs as first-last."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -1,6 +1,7 @@
 """Images for training: sources, transforms and an order that is a pure function."""
 
 from .loader import Batch, TrainingImages, batches, check_broken, report_broken
+from .npz import NpzFile, NpzImages, NpzWriter
 from .order import EpochOrder, PositionSampler
 from .sources import Source, open_source
 from .transforms import BrokenImage, centre_crop, decode
@@ -9,6 +10,9 @@ __all__ = [
     "Batch",
     "BrokenImage",
     "EpochOrder",
+    "NpzFile",
+    "NpzImages",
+    "NpzWriter",
     "PositionSampler",
     "Source",
     "TrainingImages",

@@ -9,12 +9,15 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a run draws at random: each from numbers of its own, keyed (seed, stream, …)."""
+    """What is drawn at random: each from numbers of its own, keyed (seed, stream, …)."""
 
     ORDER = 0
     FLIP = 1
     INITIALISATION = 2
     OBJECTIVE = 3
+    CLASS_ORDER = 4
+    REFERENCE_CHOICE = 5
+    FLOOR = 6
 
 
 def fold_seed(*integers: int) -> int:

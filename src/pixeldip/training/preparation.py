@@ -3,26 +3,21 @@
 import dataclasses
 import importlib.util
 import json
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
-import diffusers
 import torch
 from rich.console import Console
 
-from .. import __version__
 from ..data import Source
 from ..errors import UserError
 from ..flow import Stream, fold_seed
 from ..model import DiP, check_size
 from ..model.presets import preset_config
+from ..processes import Processes, choose_precision
+from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import ENVIRONMENT, RECIPE, newest_checkpoint
-from .processes import Processes, choose_precision
 
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
 _MAY_CHANGE = {"out", "preview", "logging", "data.workers", "data.in_memory", "data.max_broken"} | {
@@ -98,27 +93,6 @@ def prepare_run_folder(run: Path, recipe: Recipe, processes: Processes) -> None:
         raise UserError(f"out {run}: cannot be written ({error.strerror})") from error
     if not (run / ENVIRONMENT).exists():
         (run / ENVIRONMENT).write_text(json.dumps(environment(processes), indent=2) + "\n", encoding="utf-8")
-
-
-def environment(processes: Processes) -> dict[str, Any]:
-    """What made a run: command, versions, machine."""
-    cuda = processes.device.type == "cuda"
-    return {
-        "command": command(),
-        "pixeldip": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "datasets": datasets.__version__,
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(processes.device) if cuda else processes.device.type,
-        "processes": processes.world_size,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def introduce(

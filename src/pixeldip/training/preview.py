@@ -19,13 +19,7 @@ def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], pre
         math.ceil(preview.images / num_classes) if 0 < num_classes < preview.images else math.isqrt(preview.images)
     )
     labels = [i // columns % num_classes for i in range(preview.images)] if num_classes else None
-    images = sampler(
-        labels,
-        num_inference_steps=preview.steps,
-        solver=preview.solver,
-        guidance_scale=preview.guidance,
-        seeds=range(preview.images),
-    ).images
+    images = sampler(labels, seeds=range(preview.images), **preview.pipeline_arguments()).images
     folder = run / PREVIEWS
     folder.mkdir(exist_ok=True)
     grid(images, columns, scale=display_scale(images[0].width, 64)).save(folder / f"{step_name(step)}.png")

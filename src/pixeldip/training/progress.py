@@ -11,9 +11,9 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
-from .processes import Processes
 
 # Dense bf16 matrix throughput of the makers' data sheets, FLOP/s, for model FLOPs utilisation
 PEAK_FLOPS = {

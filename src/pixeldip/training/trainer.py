@@ -19,13 +19,14 @@ from ..errors import UserError
 from ..flow import velocity_loss
 from ..images import from_uint8
 from ..model import DiP
+from ..processes import Processes, autocast, choose_precision, start_processes, stop_processes
+from ..provenance import command
 from ..recipe import Recipe
 from ..run_folder import newest_checkpoint
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EMA
-from .preparation import build_model, check_recipe, check_resume, command, introduce, prepare_run_folder
+from .preparation import build_model, check_recipe, check_resume, introduce, prepare_run_folder
 from .preview import save_preview
-from .processes import Processes, autocast, choose_precision, start_processes, stop_processes
 from .progress import Progress, peak_flops, training_flops
 from .schedule import draw, learning_rate
 

@@ -1,4 +1,4 @@
-"""The processes of a run: one by default, as many as torchrun starts."""
+"""The processes of a command: one by default, as many as torchrun starts."""
 
 import os
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
+from .errors import UserError
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run."""
+    """This process among those of the command."""
 
     rank: int
     world_size: int
@@ -49,7 +49,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise UserError("training.device cuda: torch sees no CUDA device here; use cpu, or auto")
+            raise UserError("device cuda: torch sees no CUDA device here; use cpu, or auto")
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
@@ -57,7 +57,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             )
         return torch.device("cuda", local_rank)
     if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("training.device mps: not available here; use cpu, or auto")
+        raise UserError("device mps: not available here; use cpu, or auto")
     return torch.device(name)
 
 
@@ -98,7 +98,7 @@ def start_processes(device_name: str) -> Processes:
     if world_size == 1:
         return Processes(0, 1, device)
     if device.type == "mps":
-        raise UserError("several processes cannot share an MPS device: use --training.device cpu, or one process")
+        raise UserError("several processes cannot share an MPS device: use the cpu device, or one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
