@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from .errors import UserError
-from .recipe import Recipe, SamplingSettings, load_recipe, parse_recipe, recipe_values
+from .recipe import EvaluationOptions, Recipe, SamplingSettings, load_recipe, parse_recipe, recipe_values
 
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
 
@@ -122,6 +122,57 @@ def sample(arguments: list[str]) -> int:
 
 
 @dataclass
+class EvaluateArguments(EvaluationOptions, SamplingSettings):
+    """Measure samples against a reference. `pixeldip evaluate reference --help` tells how to make one."""
+
+    samples: tyro.conf.Positional[str] = tyro.MISSING
+    """An image folder, an .npz with arr_0 (N, H, W, 3) uint8, or a model to sample from (run, saved folder, hub id)."""
+    out: Path | None = None
+    """JSON file for the numbers and everything needed to judge them."""
+    images: int = 50_000
+    """Samples of a model, seeds 0, 1, 2 …"""
+    classes: tuple[str, ...] = ()
+    """Class names or ids, of a model; by default all of them, as many samples of each, in a seeded random order."""
+    save_images: Path | None = None
+    """Keep the samples of a model: a folder, or FILE.npz."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of a model; the feature networks always compute in fp32."""
+
+
+@dataclass
+class ReferenceArguments:
+    """Make a reference batch, as ADM's evaluator reads it: mu, sigma, mu_s, sigma_s of all images, and arr_0."""
+
+    data: tyro.conf.Positional[str]
+    """An image folder, a parquet or webdataset file, a hub dataset, or an .npz of images."""
+    out: Path = Path("reference.npz")
+    resolution: int | None = None
+    """Crop and scale to squares of this size as training does; None: the images all have one size."""
+    split: str = "train"
+    images: int = 10_000
+    """At most so many images go into the file, a seeded choice; the statistics are of all of them."""
+    inception_weights: Path | None = None
+    batch_size: int = 64
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure samples: FID, sFID, Inception Score, precision, recall and more; make reference files."""
+    if arguments[:1] == ["reference"]:
+        parsed = tyro.cli(ReferenceArguments, prog="pixeldip evaluate reference", args=arguments[1:])
+        from .evaluation.commands import reference_command
+
+        reference_command(parsed)
+    else:
+        parsed = tyro.cli(EvaluateArguments, prog="pixeldip evaluate", args=arguments)
+        from .evaluation.commands import evaluate_command
+
+        evaluate_command(parsed)
+    return 0
+
+
+@dataclass
 class ConvertArguments:
     """Turn an authors' checkpoint into a model folder."""
 
@@ -148,6 +199,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "train": train,
     "sample": sample,
+    "evaluate": evaluate,
     "convert": convert,
 }
 

@@ -151,6 +151,18 @@ class DiPPipeline(DiffusionPipeline):
         return [self.class_id(label) for label in class_labels]
 
 
+def names_a_model(name: str) -> bool:
+    """Whether `resolve_model` would look for a model there: a folder that holds one, or a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return (path / "model_index.json").is_file() or newest_checkpoint(path) is not None
+    return not path.exists() and path.suffix != ".npz" and _may_be_hub_id(name)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def resolve_model(name: str) -> str:
     """The folder or hub id of a pipeline, given a run folder, a saved model folder or a hub id.
 
@@ -166,6 +178,6 @@ def resolve_model(name: str) -> str:
         raise UserError(f"{name}: neither a saved model (no model_index.json) nor a run with a checkpoint")
     if path.exists():
         raise UserError(f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {name} OUT")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not _may_be_hub_id(name):
         raise UserError(f"{name}: no such folder, and not a hub id (owner/name)")
     return name

@@ -1,7 +1,9 @@
 """The processes of a command: one by default, as many as torchrun starts."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,45 @@ class Processes:
         if self.world_size == 1:
             return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)).item())
+
+    def everyones(self, value: Any) -> list[Any]:
+        """What each process passes (any picklable object), in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def collected(self, value: Any) -> list[Any]:
+        """As `everyones` in the main process; an empty list in the others, which saves the way to them."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def mains(self, value: Any) -> Any:
+        """What the main process passes."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns in the main process, in all of them; so for a UserError it raises."""
+        if self.world_size == 1:
+            return work()
+        value, mistake = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except UserError as error:
+                mistake = str(error)
+        value, mistake = self.mains((value, mistake))
+        if mistake is not None:
+            raise UserError(mistake)
+        return value
 
     def barrier(self) -> None:
         if self.world_size > 1:

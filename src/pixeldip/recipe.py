@@ -167,6 +167,56 @@ class PreviewSection(SamplingSettings):
 
 @_section
 @dataclass
+class EvaluationOptions:
+    """What is measured, against what, and how."""
+
+    reference: str = ""
+    """An ADM reference .npz (mu, sigma, mu_s, sigma_s, arr_0), or real images: a folder, parquet file or hub id."""
+    reference_split: str = "train"
+    metrics: tuple[str, ...] = ()
+    """Of fid sfid is precision recall kid (Inception), fd_dinov2 kid_dinov2, kid_efficientnet
+    fd_mid_efficientnet fd_pool_efficientnet (no download), boundary, nearest."""
+    train_images: str = ""
+    """The training images, for nearest: how near samples come to them."""
+    train_split: str = "train"
+    inception_weights: Path | None = None
+    """weights-inception-2015-12-05-6726825d.pth; None: in torch's cache, fetched if it is not there."""
+    dinov2: str = "facebook/dinov2-large"
+    """Hub id or folder of the DINOv2 model."""
+    pr_distance: Literal["adm", "float32"] = "adm"
+    """Precision and recall: float16 distances as in ADM's evaluator, or float32."""
+    is_split: Positive = 5000
+    """Images per split of the Inception Score."""
+    is_order: Literal["file", "shuffled"] = "file"
+    """Splits of consecutive images, as in ADM, or of images in a seeded random order."""
+    patch_size: Positive = 16
+    """For boundary: pixels between the borders looked at; a model's own size when samples come from one."""
+    evaluation_batch_size: Positive = 64
+    """Images through the feature networks at once."""
+    allow_resolution_mismatch: bool = False
+    require_balanced: bool = False
+    """Refuse samples whose classes differ in number."""
+    verify: bool = True
+    """Compare the checksums of .npz files before anything else."""
+    cache: bool = True
+    """Keep the features of reference images for the next time."""
+
+
+@_section
+@dataclass
+class EvaluationSection(EvaluationOptions, SamplingSettings):
+    """Metrics of EMA samples during training, logged like the loss; the reference is data.source by default."""
+
+    metrics: tuple[str, ...] = ("kid_efficientnet", "fd_mid_efficientnet", "boundary")
+    every: NonNegative = 0
+    """Steps between evaluations; 0: none."""
+    images: Positive = 1000
+    """Samples per evaluation, always of the same seeds."""
+    guidance: float = 2.0
+
+
+@_section
+@dataclass
 class LoggingSection:
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written."""
@@ -186,6 +236,7 @@ class Recipe:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     preview: PreviewSection = field(default_factory=PreviewSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
 
 

@@ -24,6 +24,7 @@ from .provenance import made_by
 from .recipe import SamplingSettings
 
 GRID_LIMIT = 256
+SETTINGS = "settings.json"
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -244,7 +245,7 @@ class ImageFolderWriter:
         across = min(len(self._first), len(chosen) if in_turn else 8)
         grid(self._first, across, scale=display_scale(self.images.width)).save(self.out / "grid.png")
         record = {**made_by(), "model": self.model, **self.images.made_with()}
-        (self.out / "settings.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (self.out / SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _ranges(seeds: Sequence[int]) -> str:

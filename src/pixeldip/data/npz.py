@@ -63,6 +63,15 @@ class NpzFile:
         except _DAMAGE as error:
             raise UserError(f"{path}: truncated, or not an npz file ({error})") from error
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """The settings `NpzWriter` keeps in a file; empty for files of other tools."""
+        try:
+            settings = json.loads(self.comment)
+        except json.JSONDecodeError:
+            return {}
+        return settings if isinstance(settings, dict) else {}
+
     def __contains__(self, name: str) -> bool:
         return name in self._members
 
@@ -176,6 +185,7 @@ class NpzImages:
     def __init__(self, file: "NpzFile", name: str, count: int, height: int, width: int, start: int):
         self.file, self.count, self.height, self.width = file, count, height, width
         info = file._members[name]
+        self.labels: np.ndarray | None = None
         self._name, self._info, self._start = name, info, start
         self._map: np.memmap | None = None
         self._stream, self._position = None, 0

@@ -6,6 +6,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import UserError
 from ..recipe import DataSection
 
@@ -38,6 +40,10 @@ class Source:
         name = image.get("path") or row.get("__key__") or f"row {index}"
         data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
         return data, (int(row[self.label_column]) if self.label_column else 0), name
+
+    def labels(self) -> np.ndarray | None:
+        """The class ids of all rows, (n,); None for a source without classes."""
+        return np.array(self.rows[self.label_column], np.int64) if self.label_column else None
 
 
 def open_source(section: DataSection) -> Source:

@@ -1,0 +1,7 @@
+"""The evaluation suite: FID, sFID, Inception Score, precision and recall as ADM computes them, and more."""
+
+from .record import Evaluation, print_evaluation
+from .registry import METRICS
+from .run import Evaluator, evaluate
+
+__all__ = ["METRICS", "Evaluation", "Evaluator", "evaluate", "print_evaluation"]

@@ -1,0 +1,96 @@
+"""Sets of images to measure: read in parts, by index, in an order that is always the same."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from ..data import BrokenImage, Source, centre_crop, decode, open_source
+from ..errors import UserError
+from ..recipe import DataSection
+
+
+class ImageSet(Protocol):
+    """What can be measured: `len`, a size in pixels, class ids (n,) or None, and images by index."""
+
+    height: int
+    width: int
+    labels: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Images start ... stop - 1, uint8 (n, H, W, 3)."""
+        ...
+
+
+class SourceImages:
+    """Images of a folder, parquet file or hub dataset.
+
+    Args:
+        size: (height, width) to crop and scale every picture to, as in training; None: they must all have one size.
+        allow_enlarging: accept pictures smaller than `size`.
+
+    Raises:
+        UserError: here if the first picture cannot be read; from `read` naming the picture that cannot be
+            read or has another size.
+    """
+
+    def __init__(self, source: Source, name: str, size: tuple[int, int] | None = None, allow_enlarging: bool = False):
+        self.source, self.name, self.crops, self.allow_enlarging = source, name, size is not None, allow_enlarging
+        self.height, self.width = size or self._picture(0).shape[:2]
+        self.labels = source.labels()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(self._picture, range(start, min(stop, len(self))))))
+
+    def _picture(self, index: int) -> np.ndarray:
+        try:
+            data, _, name = self.source.read(index)
+        except OSError as error:
+            raise UserError(f"{self.name}: row {index}: {error.strerror or error}") from error
+        try:
+            picture = decode(data)
+        except BrokenImage as error:
+            raise UserError(f"{self.name}: {name}: {error}") from error
+        if self.crops:
+            if not self.allow_enlarging and (picture.height < self.height or picture.width < self.width):
+                raise UserError(
+                    f"{self.name}: {name} is {picture.height}x{picture.width}, smaller than the "
+                    f"{self.height}x{self.width} asked for; --allow-resolution-mismatch enlarges it"
+                )
+            return centre_crop(picture, self.height, self.width)
+        pixels = np.asarray(picture)
+        if index and pixels.shape[:2] != (self.height, self.width):
+            raise UserError(
+                f"{self.name}: {name} is {picture.height}x{picture.width}, the first image "
+                f"{self.height}x{self.width}: samples must all have one size"
+            )
+        return pixels
+
+    def content_hash(self) -> str:
+        """SHA-256 of the files' bytes, one after the other."""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            digest.update(hashlib.sha256(self.source.read(i)[0]).digest())
+        return digest.hexdigest()
+
+
+def open_images(
+    name: str, split: str = "train", size: tuple[int, int] | None = None, allow_enlarging: bool = False
+) -> SourceImages:
+    """A folder, a parquet or webdataset file, a hub dataset or a bundled set by name.
+
+    Raises:
+        UserError: if there is no such source, or it holds no images.
+    """
+    try:
+        source = open_source(DataSection(source=name, split=split))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("data.source ")) from error
+    return SourceImages(source, name, size, allow_enlarging)

@@ -1,0 +1,170 @@
+"""What an evaluation leaves behind: values, floors, warnings, the JSON record and the table in the terminal."""
+
+import contextlib
+import json
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from ..data import NpzImages
+from ..errors import UserError
+from ..recipe import EvaluationOptions
+from ..sampling import SETTINGS, SampledImages
+from .image_sets import ImageSet, SourceImages
+from .reference import Reference
+from .registry import METRICS, label
+from .stream import Measured
+
+FULL_SIZE, FULL_REFERENCES = 50_000, 10_000
+
+
+@dataclass
+class Evaluation:
+    """The outcome.
+
+    Attributes:
+        metrics: values by name, unrounded.
+        floors: what real images score, by name, where it is known; see `registry.floor`.
+        warnings: what limits the numbers.
+        record: everything needed to judge comparability; what the JSON file holds.
+    """
+
+    metrics: dict[str, float]
+    floors: dict[str, dict[str, float]]
+    warnings: list[str]
+    record: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes the record as JSON.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"out {path}: cannot be written ({error.strerror or error})") from error
+
+
+def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+    """The table for people: value, floor, and what limits them."""
+    count = evaluation.record["samples"]["count"]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "value", "samples*", "real*"):
+        table.add_column(title, justify="right" if title else "left")
+    table.add_column("better", style="dim")
+    for name, value in evaluation.metrics.items():
+        metric, known = METRICS[name], evaluation.floors.get(name, {})
+        parts = [scaled(known, part, metric.scale) for part in ("samples", "real")]
+        table.add_row(label(name, count), f"{metric.scale * value:.4g}", *parts, metric.better)
+    console.print(table)
+    if any("samples" in known for known in evaluation.floors.values()):
+        console.print(
+            "* distance to one part of the real images, of as many samples and of as many other real images: compare "
+            "these two",
+            style="dim",
+        )
+    if near := evaluation.record.get("nearest"):
+        console.print(
+            f"{near['closer_than_99_percent_of_real']:.1%} of the samples are nearer to a training image than all but "
+            f"1% of the real images ({near['real_is']}); many more than 1% means copying",
+            highlight=False,
+        )
+    for warning in evaluation.warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def scaled(known: dict[str, float], part: str, scale: float) -> str:
+    """An entry of a floor as text, with its deviation if it has one; empty if it is not there."""
+    if part not in known:
+        return ""
+    deviation = known.get(f"{part}_deviation")
+    return f"{scale * known[part]:.4g}" + (f" ± {scale * deviation:.2g}" if deviation is not None else "")
+
+
+def sample_warnings(
+    images: ImageSet, name: str, samples: Measured, metrics: list[str], options: EvaluationOptions
+) -> list[str]:
+    found = []
+    count, labels = samples.count, images.labels
+    if count != FULL_SIZE and {"fid", "sfid", "is", "precision", "recall"} & set(metrics):
+        found.append(f"{count} samples, where papers use {FULL_SIZE}: not comparable with their numbers")
+    if samples.low == samples.high:
+        found.append(f"{name}: all pixels have the value {samples.low}")
+    elif samples.high <= 1:
+        found.append(f"{name}: no pixel is above {samples.high}; were images in [0, 1] saved as uint8?")
+    duplicates = count - len(set(samples.digests))
+    if duplicates > 0.01 * count:
+        found.append(f"{duplicates} of {count} samples are exact duplicates of others")
+    if labels is not None:
+        counts = _class_counts(labels)
+        if counts.max() - counts.min() > 1:
+            message = (
+                f"classes are not balanced: {len(counts)} classes with {counts.min()} to {counts.max()} samples each"
+            )
+            if options.require_balanced:
+                raise UserError(f"{name}: {message}")
+            found.append(message)
+        sorted_by_class = len(counts) > 1 and (np.diff(labels) >= 0).all()
+        if sorted_by_class and "is" in metrics and options.is_order == "file" and count > options.is_split:
+            found.append(
+                "samples are sorted by class, and the Inception Score is a mean over consecutive splits, each of "
+                "which sees few classes: it comes out far too low; --is-order shuffled"
+            )
+    last = count % options.is_split
+    if "is" in metrics and count > options.is_split and 0 < last < options.is_split / 2:
+        found.append(f"the last split of the Inception Score has {last} of {options.is_split} images and counts fully")
+    return found
+
+
+def _class_counts(labels: np.ndarray) -> np.ndarray:
+    return np.bincount(labels.astype(np.int64))
+
+
+def describe_samples(images: ImageSet, name: str, samples: Measured) -> dict[str, Any]:
+    description: dict[str, Any] = {
+        "name": name,
+        "count": samples.count,
+        "height": samples.height,
+        "width": samples.width,
+        "pixels_sha256": samples.pixels_sha256,
+    }
+    if images.labels is not None:
+        counts = _class_counts(images.labels)
+        description["classes"] = {"min": int(counts.min()), "max": int(counts.max()), "counts": counts.tolist()}
+    if isinstance(images, SampledImages):
+        description["made_with"] = images.made_with()
+        description["uint8"] = "clip((x + 1) * 127.5 + 0.5, 0, 255), truncated"
+    elif isinstance(images, NpzImages):
+        description["made_with"] = images.file.made_with
+    elif (settings := Path(name) / SETTINGS).is_file():
+        with contextlib.suppress(json.JSONDecodeError):  # a file of that name that is not ours
+            description["made_with"] = json.loads(settings.read_text(encoding="utf-8"))
+    return description
+
+
+def describe_reference(reference: Reference) -> dict[str, Any]:
+    measured = reference.measured
+    return {
+        "name": reference.name,
+        "sha256": reference.sha256,
+        "images": len(reference.images) if reference.images is not None else 0,
+        "images_used_singly": len(measured.chosen) if measured else 0,
+        "statistics_from_file": bool(reference.statistics),
+        "features_from_cache": reference.from_cache,
+        "cropped_to_sample_size": isinstance(reference.images, SourceImages),
+    }
+
+
+def peak_memory_mib() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

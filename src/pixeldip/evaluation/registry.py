@@ -1,0 +1,206 @@
+"""Metrics by name: one row each says what it needs and how it is computed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..flow import Stream
+from ..recipe import EvaluationOptions
+from .extractors import Extractor
+from .metrics import (
+    boundary_ratio,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_neighbours,
+    precision_recall,
+)
+from .reference import Reference
+from .stream import Feature, Measured
+
+NEIGHBOURS = 3
+FLOOR_SPLITS = 3
+
+
+@dataclass
+class Comparison:
+    """All a metric can look at."""
+
+    samples: Measured
+    reference: Reference
+    training: Reference | None
+    extractors: dict[str, Extractor]
+    options: EvaluationOptions
+    device: torch.device
+
+    def pairs(self, feature: Feature) -> tuple[Tensor, Tensor]:
+        """Features of single samples and single references, on the device."""
+        kept = self.samples.kept[feature], self.reference.kept(feature)
+        return kept[0].to(self.device), kept[1].to(self.device)
+
+    @cached_property
+    def precision_recall(self) -> tuple[float, float]:
+        features = self.pairs(("inception", "pool"))
+        for name, rows in zip(("samples", "reference images"), features):
+            if len(rows) <= NEIGHBOURS:
+                raise UserError(f"precision and recall need at least {NEIGHBOURS + 1} {name}, found {len(rows)}")
+        return precision_recall(*features, NEIGHBOURS, self.options.pr_distance)
+
+    @cached_property
+    def nearest(self) -> dict[str, float]:
+        """Distances to the nearest training image, of samples and of real images that are not in the training set."""
+        feature = "efficientnet", "pool"
+        train = self.training.kept(feature).to(self.device)
+        samples, _ = nearest_neighbours(self.samples.kept[feature].to(self.device), train)
+        same = self.training.sha256 == self.reference.sha256
+        real, _ = nearest_neighbours(train if same else self.reference.kept(feature).to(self.device), train, same)
+        threshold = real.quantile(0.01)
+        return {
+            "nearest": samples.median().item(),
+            "real": real.median().item(),
+            "closer_than_99_percent_of_real": (samples < threshold).double().mean().item(),
+            "real_is": "training images, each against the others" if same else "reference images",
+        }
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table.
+
+    Args:
+        label: for people; {n} is the number of samples, FD a Fréchet and KD a kernel distance.
+        extractor: whose features it needs, if any.
+        compute: the value, from a comparison.
+        better: "higher", "lower", or what it should be near to.
+        moments: the feature whose moments are compared.
+        kept: the feature whose single rows are looked at.
+        pairwise: a distance of two sets of rows; the floor is this distance between disjoint real images.
+        scale: of the number in the terminal's table.
+    """
+
+    label: str
+    extractor: str | None
+    compute: Callable[[Comparison], float]
+    better: str
+    moments: Feature | None = None
+    kept: Feature | None = None
+    pairwise: Callable[[Tensor, Tensor], float] | None = None
+    scale: float = 1.0
+
+
+def _frechet(label: str, extractor: str, output: str, floor: bool) -> Metric:
+    feature = extractor, output
+
+    def compute(c: Comparison) -> float:
+        return frechet_distance(*c.samples.moments[feature], *c.reference.moments(feature))
+
+    return Metric(label, extractor, compute, "lower", moments=feature, pairwise=_frechet_of_rows if floor else None)
+
+
+def _kernel(label: str, extractor: str) -> Metric:
+    feature = extractor, "pool"
+
+    def compute(c: Comparison) -> float:
+        return kernel_distance(*c.pairs(feature))
+
+    return Metric(f"{label} ×1000", extractor, compute, "lower", kept=feature, pairwise=kernel_distance, scale=1000)
+
+
+def _frechet_of_rows(a: Tensor, b: Tensor) -> float:
+    def moments(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        rows = x.cpu().double().numpy()
+        return rows.mean(0), np.cov(rows, rowvar=False)
+
+    return frechet_distance(*moments(a), *moments(b))
+
+
+_POOL = ("inception", "pool")
+
+METRICS: dict[str, Metric] = {
+    "fid": _frechet("FID-{n}", "inception", "pool", floor=False),
+    "sfid": _frechet("sFID-{n}", "inception", "spatial", floor=False),
+    "is": Metric(
+        "Inception Score",
+        "inception",
+        lambda c: inception_score(_in_order(c), c.extractors["inception"].classifier.to(c.device), c.options.is_split)[
+            0
+        ],
+        "higher",
+    ),
+    "precision": Metric("Precision", "inception", lambda c: c.precision_recall[0], "higher", kept=_POOL),
+    "recall": Metric("Recall", "inception", lambda c: c.precision_recall[1], "higher", kept=_POOL),
+    "kid": _kernel("KID", "inception"),
+    "fd_dinov2": _frechet("DINOv2 FD", "dinov2", "pool", floor=True),
+    "kid_dinov2": _kernel("DINOv2 KD", "dinov2"),
+    "kid_efficientnet": _kernel("EfficientNet KD", "efficientnet"),
+    "fd_mid_efficientnet": _frechet("EfficientNet FD, middle", "efficientnet", "mid", floor=True),
+    "fd_pool_efficientnet": _frechet("EfficientNet FD, pool", "efficientnet", "pool", floor=True),
+    "boundary": Metric(
+        "Patch boundary ratio",
+        None,
+        lambda c: boundary_ratio(c.samples.columns, c.samples.rows, c.options.patch_size),
+        "as real",
+    ),
+    "nearest": Metric(
+        "Nearest training image",
+        "efficientnet",
+        lambda c: c.nearest["nearest"],
+        "as real",
+        kept=("efficientnet", "pool"),
+    ),
+}
+DEFAULT = ("fid", "sfid", "is", "precision", "recall")
+
+
+def _in_order(c: Comparison) -> Tensor:
+    pool = c.samples.kept[_POOL]
+    if c.options.is_order == "shuffled":
+        pool = pool[torch.from_numpy(np.random.default_rng((0, Stream.CLASS_ORDER)).permutation(len(pool)))]
+    return pool.to(c.device)
+
+
+def floor(name: str, c: Comparison) -> dict[str, float] | None:
+    """What real images score; None where that is not known.
+
+    For distances between sets, the reference is split at random into `size` images, as many as there are samples
+    but at most half, and the others. "real" is the distance of the two parts, and "samples" that of as many
+    samples and the others: these two compare, because a Fréchet distance also depends on the sizes of the
+    sets. Means and standard deviations over seeded splits.
+    """
+    metric = METRICS[name]
+    if name == "boundary":
+        measured = c.reference.measured
+        return {"real": boundary_ratio(measured.columns, measured.rows, c.options.patch_size)} if measured else None
+    if name == "nearest":
+        return {"real": c.nearest["real"]}
+    feature = metric.kept or metric.moments
+    rows = c.reference.kept(feature) if metric.pairwise else None
+    if rows is None or len(rows) < 4:
+        return None
+    ours = c.samples.kept[feature]
+    size = min(len(rows) // 2, len(ours))
+    real, samples = [], []
+    for split in range(FLOOR_SPLITS):
+        random = np.random.default_rng((split, Stream.FLOOR))
+        order, pick = (torch.from_numpy(random.permutation(n)) for n in (len(rows), len(ours)))
+        others = rows[order[size:]].to(c.device)
+        real.append(metric.pairwise(rows[order[:size]].to(c.device), others))
+        samples.append(metric.pairwise(ours[pick[:size]].to(c.device), others))
+    return {
+        "size": size,
+        "real": float(np.mean(real)),
+        "real_deviation": float(np.std(real, ddof=1)),
+        "samples": float(np.mean(samples)),
+        "samples_deviation": float(np.std(samples, ddof=1)),
+    }
+
+
+def label(name: str, count: int) -> str:
+    """A metric's name for people; FID of anything but 50,000 samples carries their number."""
+    text = METRICS[name].label
+    return text.replace("-{n}", "" if count == 50_000 else f"-{count}")
