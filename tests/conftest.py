@@ -23,6 +23,16 @@ def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def reference_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps the tests off the user's cache of reference features."""
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("references")
+    patch.setenv("PIXELDIP_CACHE", str(folder))
+    yield folder
+    patch.undo()
+
+
 def make_picture(seed: int, height: int = 40, width: int = 48) -> Image.Image:
     """A smooth random picture, so that JPEG hardly changes it."""
     low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)

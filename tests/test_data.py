@@ -156,9 +156,11 @@ def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Pa
 
 
 def test_bundled_pictures() -> None:
-    source = open_source(DataSection(source="emoji"))
-    assert len(source) == 50 and len(source.class_names) == 10
-    assert decode(source.read(0)[0]).size == (128, 128)
+    train, test = (open_source(DataSection(source="emoji", split=split)) for split in ("train", "test"))
+    assert (len(train), len(test)) == (40, 10) and train.class_names == test.class_names
+    assert np.bincount(train.labels()).tolist() == [4] * 10 and sorted(test.labels()) == list(range(10))
+    assert decode(train.read(0)[0]).size == (128, 128)
+    assert not {train.read(i)[0] for i in range(40)} & {test.read(i)[0] for i in range(10)}
 
 
 @pytest.mark.parametrize(

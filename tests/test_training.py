@@ -317,3 +317,31 @@ def test_precision_follows_the_device() -> None:
     assert choose_precision("fp32", torch.device("cpu")) == torch.float32
     assert choose_precision("auto", torch.device("mps")) == torch.float32
     assert Processes(0, 1, torch.device("cpu")).is_main
+
+
+def test_metrics_during_training(tmp_path: Path, picture_folder: Path) -> None:
+    """Logged like the loss, against the training images by default; and the training is not changed by it."""
+    evaluation = {"every": 2, "images": 6, "steps": 2, "metrics": ["kid_efficientnet", "nearest", "boundary"]}
+    logging = {"trackers": ["tensorboard"]}
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, evaluation=evaluation, logging=logging)
+    train(recipe, QUIET)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line.get("event") == "evaluation"]
+    assert [line["step"] for line in found] == [2, 4, 6]
+    values = [line["metrics"]["kid_efficientnet"] for line in found]
+    assert len(set(values)) == 3 and all(value > found[0]["floors"]["kid_efficientnet"]["real"] for value in values)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("evaluation/kid_efficientnet")] == pytest.approx(values)
+    train(tiny_recipe(tmp_path / "plain", picture_folder), QUIET)
+    losses = [[m["loss"] for m in read_metrics(tmp_path / name)] for name in ("run", "plain")]
+    assert losses[0] == losses[1]
+
+
+def test_metrics_that_cannot_be_had_stop_the_run_before_it_starts(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, evaluation={"every": 2, "metrics": ["fidd"]})
+    with pytest.raises(UserError, match="no metric 'fidd'"):
+        train(recipe, QUIET)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

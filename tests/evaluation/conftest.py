@@ -25,16 +25,6 @@ def seeded_inception(seeded_weights: Path) -> Inception:
     return network
 
 
-@pytest.fixture(scope="session", autouse=True)
-def reference_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keeps the tests off the user's cache of reference features."""
-    patch = pytest.MonkeyPatch()
-    folder = tmp_path_factory.mktemp("references")
-    patch.setenv("PIXELDIP_CACHE", str(folder))
-    yield folder
-    patch.undo()
-
-
 def smooth_images(count: int, seed: int, size: int = 32) -> np.ndarray:
     """Random colour gradients, uint8 (count, size, size, 3)."""
     random = np.random.default_rng(seed)

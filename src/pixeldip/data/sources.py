@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import UserError
 from ..recipe import DataSection
 
-BUNDLED = {"emoji": "emoji.parquet"}
+BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -71,7 +71,8 @@ def open_source(section: DataSection) -> Source:
 def _builder(source: str) -> tuple[str, dict[str, Any]]:
     path = Path(source).expanduser()
     if source in BUNDLED and not path.exists():
-        return "parquet", {"data_files": {"train": str(resources.files(__package__) / "bundled" / BUNDLED[source])}}
+        folder = resources.files(__package__) / "bundled"
+        return "parquet", {"data_files": {split: str(folder / name) for split, name in BUNDLED[source].items()}}
     if path.is_file():
         if path.suffix in BUILDERS:
             return BUILDERS[path.suffix], {"data_files": {"train": str(path)}}

@@ -25,6 +25,22 @@ class ImageSet(Protocol):
         ...
 
 
+class ArrayImages:
+    """Images in memory, uint8 (N, H, W, 3)."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise UserError(f"images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)")
+        self.images, self.labels = images, labels
+        self.height, self.width = images.shape[1:3]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.images[start:stop]
+
+
 class SourceImages:
     """Images of a folder, parquet file or hub dataset.
 

@@ -20,7 +20,7 @@ from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_value
 from ..run_folder import ENVIRONMENT, RECIPE, newest_checkpoint
 
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
-_MAY_CHANGE = {"out", "preview", "logging", "data.workers", "data.in_memory", "data.max_broken"} | {
+_MAY_CHANGE = {"out", "preview", "evaluation", "logging", "data.workers", "data.in_memory", "data.max_broken"} | {
     f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device", "gradient_checkpointing")
 }
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..evaluation import Evaluation
 from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
@@ -109,6 +110,14 @@ class Progress:
             self._status.update(line)
         else:
             self.console.print(line, highlight=False, soft_wrap=True)
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Logs the metrics of the weights after a step, with what real images score."""
+        self.event("evaluation", step=step, metrics=evaluation.metrics, floors=evaluation.floors)
+        for tracker in self.trackers:
+            tracker.log({f"evaluation/{name}": value for name, value in evaluation.metrics.items()}, step)
+        values = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
+        self.console.print(f"step {step}: {values}", highlight=False, soft_wrap=True)
 
     def pause(self, seconds: float) -> None:
         """Time since the last logged step that was not training (a preview, a checkpoint)."""

@@ -25,6 +25,7 @@ from ..recipe import Recipe
 from ..run_folder import newest_checkpoint
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EMA
+from .metrics import TrainingMetrics
 from .preparation import build_model, check_recipe, check_resume, introduce, prepare_run_folder
 from .preview import save_preview
 from .progress import Progress, peak_flops, training_flops
@@ -80,7 +81,10 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         if processes.is_main:
             prepare_run_folder(run, recipe, processes)
         introduce(console, recipe, model, source, processes, first_step)
-        return _loop(recipe, run, model, ema, optimizer, images, processes, first_step, console)
+        metrics = None
+        if recipe.evaluation.every:
+            metrics = TrainingMetrics(recipe, model.config.patch_size, processes, console)
+        return _loop(recipe, run, model, ema, optimizer, images, metrics, processes, first_step, console)
     finally:
         stop_processes()
 
@@ -92,6 +96,7 @@ def _loop(
     ema: EMA,
     optimizer: torch.optim.Optimizer,
     images: TrainingImages,
+    metrics: TrainingMetrics | None,
     processes: Processes,
     first_step: int,
     console: Console,
@@ -163,13 +168,18 @@ def _loop(
                 if progress:
                     lr = optimizer.param_groups[0]["lr"]
                     progress.step(done, flops, loss=mean_loss, lr=lr, gradient_norm=round(norm.item(), 6))
+            began = time.perf_counter()
             if progress:
-                began = time.perf_counter()
                 if saves or stops:
                     save_checkpoint(run, done, model, ema, optimizer, pipeline, training.keep_last)
                 if recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps):
                     with autocast(device, precision):
                         save_preview(run, done, ema.model, pipeline, recipe.preview)
+            if metrics and not stops and (done % recipe.evaluation.every == 0 or done == training.steps):
+                evaluation = metrics.measure(ema.model, pipeline)
+                if progress:
+                    progress.evaluation(done, evaluation)
+            if progress:
                 progress.pause(time.perf_counter() - began)
             if stops:
                 processes.barrier()
