@@ -131,10 +131,13 @@ def test_train_then_sample(picture_folder: Path, tmp_path: Path) -> None:
 def test_demo_report_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--steps", "3", "--device", "cpu"]) == 0
+    distances = json.loads(Path("runs/demo/evaluation.json").read_text())
+    kernel = distances["kernel_distance"]  # three steps make no drawings; real ones lie near the floor
+    assert kernel["samples_to_held_out"] > 5 * abs(kernel["train_to_held_out"]) and kernel["floor_deviation"] > 0
     page = Path("runs/demo/report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "@import" not in page
-    assert page.count("data:image/png;base64,") >= 2 * 10 + 4 and "<svg" in page
-    for text in ("red heart", "rocket", "pixeldip train demo --data.source", "3 steps"):
+    assert page.count("data:image/png;base64,") >= 3 * 10 + 4 and "<svg" in page
+    for text in ("red heart", "rocket", "pixeldip train demo --data.source", "3 steps", "held-out", "noise floor"):
         assert text in page
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from ..data import NpzFile
 from ..errors import UserError
 from ..pipeline import names_a_model
-from ..processes import choose_precision, start_processes, stop_processes
+from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..sampling import SampledImages, image_writer, load_pipeline
 from .extractors import load_extractor
 from .image_sets import open_images
@@ -19,6 +19,7 @@ from .run import evaluate
 
 def evaluate_command(arguments: Any) -> None:
     """Args: arguments: the command line's `EvaluateArguments`."""
+    keep_freed_memory()
     processes = start_processes(arguments.device)
     try:
         with contextlib.ExitStack() as stack:
@@ -52,6 +53,7 @@ def _leave_to_main(_: object) -> None:
 
 def reference_command(arguments: Any) -> None:
     """Args: arguments: the command line's `ReferenceArguments`."""
+    keep_freed_memory()
     processes = start_processes(arguments.device)
     console = Console(quiet=not processes.is_main)
     try:

@@ -5,9 +5,11 @@ the main process in the order of the images, which alone sums them up. So the nu
 image is counted twice.
 """
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,12 +18,16 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..processes import Processes
+from ..sampling import SampledImages
 from .extractors import Extractor
 from .image_sets import ImageSet
 from .metrics import Moments, border_gradients
 
 Feature = tuple[str, str]
 """(extractor, output), for instance ("inception", "pool")."""
+
+MOMENTS_ONLY = {"spatial"}
+"""Outputs of which no metric looks at single images: their rows are not kept."""
 
 
 @dataclass
@@ -84,78 +90,69 @@ def measure(
     Args:
         chosen: increasing indices of the images whose features are kept; None: all.
         advance: told the number of images done, in the main process.
-        save: given the images in order, in the main process.
+        save: given the images in order, in the main process; the others pass any function.
 
     Raises:
         UserError: in every process, if an image cannot be read or a feature is not finite.
     """
     count = len(images)
-    result = Measured(count, images.height, images.width, chosen=np.arange(count) if chosen is None else chosen)
-    keep = np.zeros(count, bool)
-    keep[result.chosen] = True
-    moments = {(e.name, output): Moments(dim) for e in extractors for output, dim in e.outputs.items()}
-    kept: dict[Feature, list[Tensor]] = {key: [] for key in moments if key[1] != "spatial"}
-    digests: list[bytes] = []
-    columns, rows = torch.zeros(images.width - 1), torch.zeros(images.height - 1)
-    lows, highs, done = [], [], 0
-    batches = -(-count // batch_size)
-    for first in range(0, batches, processes.world_size):
-        index = first + processes.rank
-        mine, mistake = None, None
-        if index < batches:
-            try:
-                span = index * batch_size, min((index + 1) * batch_size, count)
-                mine = _part(images, *span, extractors, result.seconds, save is not None)
-            except UserError as error:
-                mistake = str(error)
-        mistakes = [text for text in processes.everyones(mistake) if text]
-        if mistakes:
+    sums = _Sums(images, extractors, np.arange(count) if chosen is None else chosen)
+    starts = range(0, count, batch_size)
+    mine = [(start, min(start + batch_size, count)) for start in starts[processes.rank :: processes.world_size]]
+    batches = _read_ahead(images, mine)
+    seconds = sums.result.seconds
+    for _ in range(0, len(starts), processes.world_size):
+        part, mistake = None, None
+        try:
+            with _lap(seconds, "images"):
+                batch = next(batches, None)
+            if batch is not None:
+                part = _measure_batch(*batch, extractors, seconds, keep_images=save is not None)
+        except UserError as error:
+            mistake = str(error)
+        if mistakes := [text for text in processes.everyones(mistake) if text]:
             raise UserError(mistakes[0])
-        for part in filter(None, processes.collected(mine)):
-            began = time.perf_counter()
-            size = len(part.digests)
-            wanted = torch.from_numpy(keep[done : done + size])
-            for key, rows_of_features in part.features.items():
-                moments[key].update(rows_of_features)
-                if key in kept:
-                    kept[key].append(rows_of_features[wanted])
-            columns, rows = columns + part.columns, rows + part.rows
-            digests += part.digests
-            lows.append(part.low)
-            highs.append(part.high)
-            done += size
-            result.seconds["sums"] = result.seconds.get("sums", 0.0) + time.perf_counter() - began
+        for each in filter(None, processes.collected(part)):
+            with _lap(seconds, "sums"):
+                sums.add(each)
             if save:
-                save(part.images)
-            advance(size)
+                save(each.images)
+            advance(len(each.digests))
     if processes.is_main:
-        result.moments = {key: m.mean_and_covariance() for key, m in moments.items() if count > 1}
-        result.kept = {key: torch.cat(parts) for key, parts in kept.items()}
-        result.columns = columns.numpy() / (count * images.height * 3)
-        result.rows = rows.numpy() / (count * images.width * 3)
-        result.digests, result.low, result.high = digests, min(lows), max(highs)
-    return result
+        sums.finish()
+    return sums.result
 
 
-def _part(
-    images: ImageSet, start: int, stop: int, extractors: Sequence[Extractor], seconds: dict[str, float], save: bool
+def _read_ahead(images: ImageSet, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+    """(start, images) of each span; files are read while the batch before is being measured."""
+    if isinstance(images, SampledImages):
+        for start, stop in spans:
+            yield start, images.read(start, stop)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for span in spans:
+            upcoming = span[0], pool.submit(images.read, *span)
+            if waiting:
+                yield waiting[0], waiting[1].result()
+            waiting = upcoming
+        if waiting:
+            yield waiting[0], waiting[1].result()
+
+
+def _measure_batch(
+    start: int, pixels: np.ndarray, extractors: Sequence[Extractor], seconds: dict[str, float], keep_images: bool
 ) -> _Part:
-    began = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal began
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
-        began = time.perf_counter()
-
-    pixels = images.read(start, stop)
-    lap("images")
-    batch = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    columns, rows = border_gradients(batch)
-    digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
-    lap("pixels")
+    with _lap(seconds, "pixels"):
+        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        columns, rows = border_gradients(batch)
+        digests = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in pixels]
+        low, high = int(pixels.min()), int(pixels.max())
     features: dict[Feature, Tensor] = {}
     for extractor in extractors:
-        for output, values in extractor(batch).items():
+        with _lap(seconds, extractor.name):
+            found = extractor(batch)
+        for output, values in found.items():
             bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
             if bad:
                 raise UserError(
@@ -163,5 +160,49 @@ def _part(
                     f"the first is image {start + bad[0]}: are these the right weights?"
                 )
             features[extractor.name, output] = values
-        lap(extractor.name)
-    return _Part(features, columns, rows, digests, int(pixels.min()), int(pixels.max()), pixels if save else None)
+    return _Part(features, columns, rows, digests, low, high, pixels if keep_images else None)
+
+
+class _Sums:
+    """Adds up parts in the order of the images, in the main process."""
+
+    def __init__(self, images: ImageSet, extractors: Sequence[Extractor], chosen: np.ndarray):
+        self.result = Measured(len(images), images.height, images.width, chosen=chosen)
+        self._chosen = np.zeros(len(images), bool)
+        self._chosen[chosen] = True
+        self._done = 0
+        self._moments = {(e.name, output): Moments(dim) for e in extractors for output, dim in e.outputs.items()}
+        self._kept: dict[Feature, list[Tensor]] = {key: [] for key in self._moments if key[1] not in MOMENTS_ONLY}
+        self._columns, self._rows = torch.zeros(images.width - 1), torch.zeros(images.height - 1)
+        self._digests: list[bytes] = []
+        self._low, self._high = 255, 0
+
+    def add(self, part: _Part) -> None:
+        size = len(part.digests)
+        wanted = torch.from_numpy(self._chosen[self._done : self._done + size])
+        for key, rows in part.features.items():
+            self._moments[key].update(rows)
+            if key in self._kept:
+                self._kept[key].append(rows[wanted])
+        self._columns, self._rows = self._columns + part.columns, self._rows + part.rows
+        self._digests += part.digests
+        self._low, self._high = min(self._low, part.low), max(self._high, part.high)
+        self._done += size
+
+    def finish(self) -> None:
+        result = self.result
+        if result.count > 1:
+            result.moments = {key: moments.mean_and_covariance() for key, moments in self._moments.items()}
+        result.kept = {key: torch.cat(parts) for key, parts in self._kept.items()}
+        result.columns = self._columns.numpy() / (result.count * result.height * 3)
+        result.rows = self._rows.numpy() / (result.count * result.width * 3)
+        result.digests, result.low, result.high = self._digests, self._low, self._high
+
+
+@contextlib.contextmanager
+def _lap(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began

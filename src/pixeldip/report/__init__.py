@@ -1,6 +1,7 @@
 """Self-contained HTML pages: pictures and plots are inside the file."""
 
 import base64
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ def demo_page(
     model: DiP,
     samples: Mapping[str, Sequence[Image.Image]],
     denoising: Sequence[tuple[float, Image.Image]],
+    distances: Mapping[str, Any],
     settings: Mapping[str, Any],
     seconds: float,
     sampling_seconds: float,
@@ -37,6 +39,7 @@ def demo_page(
     Args:
         samples: pictures by class name.
         denoising: (t, x_t) of one sample from noise to picture.
+        distances: what `demo.measure_demo` returns.
         settings: the pipeline's sampling arguments.
         seconds: whole wall time of the last start, sampling left out.
     """
@@ -61,15 +64,15 @@ def demo_page(
         f"{environment['device']}, {environment['threads']} threads",
     }
     scale = display_scale(width, 72)
-    real = {name: [] for name in source.class_names}
-    for i in range(len(source)):
-        data, label, _ = source.read(i)
-        real[source.class_names[label]].append(Image.fromarray(centre_crop(decode(data), height, width)))
+    real = {split: _pictures_by_class(recipe, split) for split in ("train", "test")}
     rows = [
         {
             "name": name,
             "samples": data_uri(grid(pictures, len(pictures), scale=scale)),
-            "real": data_uri(grid(real[name], len(real[name]), scale=scale)),
+            **{
+                split: data_uri(grid(pictures[name], len(pictures[name]), scale=scale))
+                for split, pictures in real.items()
+            },
         }
         for name, pictures in samples.items()
     ]
@@ -83,10 +86,63 @@ def demo_page(
         rows=rows,
         path=path,
         path_class=next(iter(samples)),
+        distances=_distance_rows(distances),
+        copying=_copying(distances),
+        seams=_seams(distances),
         loss=loss_curve(metrics),
         run=recipe.out,
         classes=len(rows),
         minutes=f"{seconds / 60:.0f}",
+    )
+
+
+def _pictures_by_class(recipe: Recipe, split: str) -> dict[str, list[Image.Image]]:
+    source = open_source(dataclasses.replace(recipe.data, split=split))
+    pictures: dict[str, list[Image.Image]] = {name: [] for name in source.class_names}
+    for i in range(len(source)):
+        data, label, _ = source.read(i)
+        picture = Image.fromarray(centre_crop(decode(data), *image_size(recipe.data)))
+        pictures[source.class_names[label]].append(picture)
+    return pictures
+
+
+def _distance_rows(distances: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, value, note) of the table of distances."""
+    d = distances["kernel_distance"]
+    held_out, samples, train = (f"{distances[key]} {name}" for key, name in _SETS)
+    both = distances["held_out"] + distances["train"]
+    return [
+        (f"{samples} to {held_out}", _thousands(d["samples_to_held_out"]), "the model"),
+        (f"{train} to {held_out}", _thousands(d["train_to_held_out"]), "what real drawings reach"),
+        (
+            f"two random halves of all {both} drawings",
+            f"{_thousands(d['floor'])} ± {_thousands(d['floor_deviation'])}",
+            "the noise floor",
+        ),
+    ]
+
+
+def _thousands(value: float) -> str:
+    return f"{1e3 * value:.0f}".replace("-", "−")
+
+
+_SETS = (("held_out", "held-out drawings"), ("samples", "samples"), ("train", "training drawings"))
+
+
+def _copying(distances: Mapping[str, Any]) -> str:
+    near = distances["nearest_training_image"]
+    return (
+        f"Does it copy? Half of the samples are nearer than {near['samples']:.1f} to some training drawing, half of "
+        f"the held-out drawings nearer than {near['held_out']:.1f} (in the same features). The more samples undercut "
+        "real drawings, the more they redraw what was seen."
+    )
+
+
+def _seams(distances: Mapping[str, Any]) -> str:
+    ratio = distances["boundary_ratio"]
+    return (
+        f"Seams: samples change {ratio['samples']:.2f} times as much across patch borders as inside patches, "
+        f"training drawings {ratio['train']:.2f} times, held-out ones {ratio['held_out']:.2f} times."
     )
 
 
