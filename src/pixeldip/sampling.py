@@ -12,7 +12,6 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .data import NpzWriter
 from .errors import UserError
@@ -22,6 +21,7 @@ from .pipeline import DiPPipeline
 from .processes import autocast
 from .provenance import made_by
 from .recipe import SamplingSettings
+from .terminal import image_progress
 
 GRID_LIMIT = 256
 SETTINGS = "settings.json"
@@ -164,12 +164,11 @@ def sample_to_file(
         raise UserError(f"batch size {batch_size}: must be at least 1")
     console = console or Console()
     began = time.perf_counter()
-    columns = (TextColumn("Sampling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with image_writer(images, model, out) as writer, Progress(*columns, console=console) as progress:
-        starts = range(0, len(images), batch_size)
-        task = progress.add_task("", total=len(starts) * images.settings.steps)
-        for start in starts:
-            writer.add(images.read(start, start + batch_size, lambda _: progress.advance(task)))
+    with image_writer(images, model, out) as writer, image_progress(console) as start_pass:
+        advance = start_pass("Sampling", len(images))
+        for start in range(0, len(images), batch_size):
+            share = min(batch_size, len(images) - start) / max(1, images.settings.steps)
+            writer.add(images.read(start, start + batch_size, lambda _, share=share: advance(share)))
     seconds = time.perf_counter() - began
     shown = out if out.suffix == ".npz" else out / "grid.png"
     console.print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")

@@ -47,7 +47,8 @@ def images() -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (2, 3, 64, 80), dtype=np.uint8)
 
 
-def inception(folder: str) -> None:
+def torch_fidelity_features(folder: str, weights: Path, x: np.ndarray) -> dict[str, np.ndarray]:
+    """Features of images (B, 3, H, W) uint8 by the package torch_fidelity in a folder."""
     import torch
 
     package = types.ModuleType("torch_fidelity")  # its __init__ needs torchvision
@@ -55,20 +56,27 @@ def inception(folder: str) -> None:
     sys.modules["torch_fidelity"] = package
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    network = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    )
+    spatial = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: spatial.append(args[2].clone()))
+    with torch.no_grad():
+        pool, logits = network(torch.from_numpy(x))
+    rows = spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1)
+    return {"pool": pool.numpy(), "spatial": rows.numpy(), "logits": logits.numpy()}
+
+
+def inception(folder: str) -> None:
+    import torch
+
     from pixeldip.evaluation.inception import Inception
 
     shapes = {k: tuple(v.shape) for k, v in Inception().state_dict().items() if not k.endswith("num_batches_tracked")}
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save({k: torch.from_numpy(v) for k, v in seeded_state(shapes).items()}, file.name)
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=file.name
-        )
-    spatial = []
-    network.Mixed_6d.branch1x1.register_forward_hook(lambda *args: spatial.append(args[2].clone()))
-    with torch.no_grad():
-        pool, logits = network(torch.from_numpy(images()))
-    rows = spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1)
-    np.savez_compressed(HERE / "inception.npz", pool=pool, spatial=rows, logits=logits)
+        features = torch_fidelity_features(folder, Path(file.name), images())
+    np.savez_compressed(HERE / "inception.npz", **features)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,12 @@ def test_no_download_metrics_order_what_is_worse(tmp_path: Path) -> None:
     assert results["seamed"]["floors"]["boundary"]["real"] == pytest.approx(1, abs=0.05)
 
 
+def test_metrics_that_need_no_reference(tmp_path: Path, seeded_weights: Path) -> None:
+    samples = save_npz(tmp_path / "a.npz", smooth_images(6, 1))
+    record = run(tmp_path, samples, "--metrics", "is", "boundary", "--inception-weights", seeded_weights)
+    assert set(record["metrics"]) == {"is", "boundary"} and record["reference"] is None and not record["floors"]
+
+
 def test_nearest_shows_copies(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train, held_out = smooth_images(60, 1), smooth_images(40, 2)
     copies = np.concatenate([train[:15] ^ 1, smooth_images(15, 3)])
@@ -368,11 +374,12 @@ def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (str(tmp_path / "empty"), good): "no image, .parquet or .tar files in this folder",
         (str(tmp_path / "nothing"), good): "no such folder or file",
         (good, small): "16x16, smaller than the 32x32 asked for",
-        (good, ""): "--reference is missing",
     }
     for (samples, reference), message in cases.items():
         assert main(["evaluate", samples, "--reference", reference, "--metrics", "boundary"]) == 2
         assert message in capsys.readouterr().err, (samples, reference)
+    assert main(["evaluate", good]) == 2
+    assert "--reference is missing" in capsys.readouterr().err
 
 
 def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:

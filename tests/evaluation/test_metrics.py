@@ -1,5 +1,6 @@
 """Each metric against a closed form or a float64 definition written here, and proof that these checks can fail."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ from pixeldip.evaluation.metrics import (
     precision_recall,
 )
 
-from .make_fixtures import SIZES, images
+from .make_fixtures import SIZES, images, torch_fidelity_features
 
 HERE = Path(__file__).parent
+TORCH_FIDELITY = importlib.util.find_spec("torch_fidelity")
 
 
 def gaussian_rows(count: int, dim: int, seed: int = 0, shift: float = 0.0) -> np.ndarray:
@@ -112,6 +114,20 @@ def test_against_definitions(check: Callable[[], None]) -> None:
 
 def test_inception_against_torch_fidelity(seeded_inception: inception.Inception) -> None:
     check_spatial_features(seeded_inception)
+
+
+@pytest.mark.skipif(TORCH_FIDELITY is None, reason="torch-fidelity is not installed")
+@pytest.mark.parametrize("size", [32, 256, 512])
+def test_other_sizes_against_torch_fidelity(
+    size: int, seeded_weights: Path, seeded_inception: inception.Inception
+) -> None:
+    """Runs where the package is there (`pip install --no-deps torch-fidelity`); without it, the fixture stands in."""
+    x = np.random.default_rng(size).integers(0, 256, (2, 3, size, size), dtype=np.uint8)
+    expected = torch_fidelity_features(TORCH_FIDELITY.submodule_search_locations[0], seeded_weights, x)
+    with torch.no_grad():
+        pool, spatial = seeded_inception(torch.from_numpy(x))
+    np.testing.assert_allclose(spatial.numpy(), expected["spatial"], atol=1e-5 * abs(expected["spatial"]).max())
+    np.testing.assert_allclose(pool.numpy(), expected["pool"], atol=1e-5 * abs(expected["pool"]).max())
 
 
 def _biased(self: Moments) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ from ..errors import UserError
 from ..pipeline import names_a_model
 from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..sampling import SampledImages, image_writer, load_pipeline
+from ..terminal import image_progress
 from .extractors import load_extractor
 from .image_sets import open_images
-from .progress import progress_bars
 from .reference import write_reference
 from .run import evaluate
 
@@ -67,8 +67,7 @@ def reference_command(arguments: Any) -> None:
         extractor = load_extractor("inception", processes.device, arguments.inception_weights)
         for warning in extractor.warnings:
             console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-        with progress_bars(console) as progress:
-            task = progress.add_task("Reference", total=len(images))
+        with image_progress(console) as start_pass:
             write_reference(
                 images,
                 arguments.out,
@@ -77,7 +76,7 @@ def reference_command(arguments: Any) -> None:
                 arguments.batch_size,
                 arguments.images,
                 {"data": arguments.data, "split": arguments.split},
-                lambda n: progress.advance(task, n),
+                start_pass("Reference", len(images)),
             )
         console.print(
             f"{arguments.out}: statistics of {len(images)} images of {images.height}x{images.width}, "

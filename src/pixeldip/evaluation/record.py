@@ -152,7 +152,9 @@ def describe_samples(images: ImageSet, name: str, samples: Measured) -> dict[str
     return description
 
 
-def describe_reference(reference: Reference) -> dict[str, Any]:
+def describe_reference(reference: Reference) -> dict[str, Any] | None:
+    if not reference.name:
+        return None
     measured = reference.measured
     return {
         "name": reference.name,

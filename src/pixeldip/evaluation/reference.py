@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..flow import Stream
 from ..processes import Processes
 from ..provenance import made_by
+from ..terminal import Advance
 from .extractors import Extractor, file_sha256
 from .image_sets import ImageSet, SourceImages
 from .inception import POOL_DIM, SPATIAL_DIM
@@ -28,7 +29,6 @@ FORMAT = 1
 """Raised when the same files would give another cache entry."""
 
 Moments = tuple[np.ndarray, np.ndarray]
-Advance = Callable[[int], None]
 
 
 @dataclass
@@ -97,12 +97,19 @@ def measure_reference(
     processes: Processes,
     batch_size: int,
     use_cache: bool,
-    advance: Advance,
+    keep_all: bool,
+    start: Callable[[], Advance],
     console: Console,
 ) -> None:
-    """Fills in `measured`, from the cache where the same images met the same network before."""
+    """Fills in `measured`, from the cache where the same images met the same network before.
+
+    Args:
+        keep_all: keep the features of every image, not only of a choice of `KEPT_IMAGES`.
+        start: called if there are images to measure; returns what is told the number done.
+    """
     images = reference.images
-    chosen = chosen_images(len(images)) if isinstance(images, SourceImages) else np.arange(len(images))
+    keep_all = keep_all or not isinstance(images, SourceImages)
+    chosen = np.arange(len(images)) if keep_all else chosen_images(len(images))
     paths = {e.name: _cache_path(reference, e, len(chosen)) for e in extractors}
     measured = Measured(len(images), images.height, images.width, chosen=chosen)
     missing: list[Extractor] = []
@@ -111,7 +118,7 @@ def measure_reference(
         if not found:
             missing.append(extractor)
     if missing or not extractors:
-        fresh = measure(images, missing, processes, batch_size, chosen, advance)
+        fresh = measure(images, missing, processes, batch_size, chosen, start())
         if processes.is_main:
             for extractor in missing:
                 if use_cache:

@@ -92,6 +92,11 @@ class Metric:
     pairwise: Callable[[Tensor, Tensor], float] | None = None
     scale: float = 1.0
 
+    @property
+    def compares(self) -> bool:
+        """Whether it means nothing without a reference."""
+        return self.moments is not None or self.kept is not None
+
 
 def _frechet(label: str, extractor: str, output: str, floor: bool) -> Metric:
     feature = extractor, output

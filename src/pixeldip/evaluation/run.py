@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from ..data import NpzFile
 from ..errors import UserError
 from ..processes import Processes
 from ..provenance import environment
 from ..recipe import EvaluationOptions
+from ..terminal import Advance, image_progress
 from .extractors import Extractor, load_extractor
 from .image_sets import ImageSet, open_images
-from .progress import progress_bars
 from .record import (
     FULL_REFERENCES,
     Evaluation,
@@ -58,20 +57,23 @@ class Evaluator:
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
         self.height, self.width = height, width
-        if not options.reference:
-            raise UserError("--reference is missing: give an ADM reference .npz, or a folder or dataset of real images")
         self.metrics = _known_metrics(options.metrics)
         began = time.perf_counter()
-        self.reference, has_stats = self._open(options.reference, options.reference_split)
+        if options.reference:
+            self.reference, has_stats = self._open(options.reference, options.reference_split)
+        elif any(METRICS[name].compares for name in self.metrics):
+            raise UserError("--reference is missing: give an ADM reference .npz, or a folder or dataset of real images")
+        else:
+            self.reference, has_stats = Reference("", "", None), False
         self._check_available(has_stats)
         self.training = self._open_training()
         names = dict.fromkeys(METRICS[m].extractor for m in self.metrics if METRICS[m].extractor)
         self.extractors: dict[str, Extractor] = {name: self._load(name) for name in names}
         self.warnings += [w for e in self.extractors.values() for w in e.warnings]
-        with progress_bars(self.console) as progress:
-            self._measure_reference(self.reference, self._needed_of_reference(), progress, "Reference")
+        with image_progress(self.console) as start_pass:
+            self._measure_images(self.reference, self._needed_of_reference(), False, start_pass, "Reference")
             if self.training:
-                self._measure_reference(self.training, ["efficientnet"], progress, "Training images")
+                self._measure_images(self.training, ["efficientnet"], True, start_pass, "Training images")
         self._check_references()
         self.seconds["reference"] = time.perf_counter() - began
 
@@ -132,10 +134,9 @@ class Evaluator:
         def load() -> Extractor:
             return load_extractor(name, self.processes.device, self.options.inception_weights, self.options.dinov2)
 
-        extractor = None
-        if self.processes.world_size > 1:  # one of them fetches the file
-            self.processes.on_main(lambda: load() and None)
-        return extractor or load()
+        if self.processes.world_size > 1:
+            self.processes.on_main(lambda: bool(load()))  # one of them fetches a missing file
+        return load()
 
     def _needed_of_reference(self) -> list[str]:
         """The extractors that must see the reference images: those whose statistics did not come with the file."""
@@ -148,20 +149,23 @@ class Evaluator:
             )
         )
 
-    def _measure_reference(self, reference: Reference, names: list[str], progress: Progress, title: str) -> None:
+    def _measure_images(
+        self, reference: Reference, names: list[str], keep_all: bool, start: Callable[[str, int], Advance], title: str
+    ) -> None:
         if reference.images is None or not (names or "boundary" in self.metrics):
             return
-        task = progress.add_task(title, total=len(reference.images))
         measure_reference(
             reference,
             [self.extractors[name] for name in names],
             self.processes,
             self.options.evaluation_batch_size,
             self.options.cache,
-            lambda n: progress.advance(task, n),
+            keep_all,
+            lambda: start(title, len(reference.images)),
             self.console,
         )
-        progress.update(task, completed=len(reference.images))
+        if reference.from_cache:
+            self.console.print(f"{title}: features of {len(reference.images)} images from the cache", highlight=False)
 
     def _check_references(self) -> None:
         measured = self.reference.measured
@@ -189,14 +193,13 @@ class Evaluator:
         began = time.perf_counter()
         if len(images) < 2:
             raise UserError(f"{name}: {len(images)} image; a covariance needs at least two")
-        with progress_bars(self.console) as progress:
-            task = progress.add_task("Samples", total=len(images))
+        with image_progress(self.console) as start_pass:
             samples = measure(
                 images,
                 list(self.extractors.values()),
                 self.processes,
                 self.options.evaluation_batch_size,
-                advance=lambda n: progress.advance(task, n),
+                advance=start_pass("Samples", len(images)),
                 save=save,
             )
         seconds = {**self.seconds, **{f"samples, {k}": v for k, v in samples.seconds.items()}}

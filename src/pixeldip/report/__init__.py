@@ -19,7 +19,7 @@ from ..images import display_scale, grid
 from ..model import DiP
 from ..recipe import Recipe, image_size
 from ..run_folder import ENVIRONMENT, read_metrics
-from ..training.progress import clock
+from ..terminal import clock
 
 ACCENT = "#2456d6"
 

@@ -15,6 +15,7 @@ from ..evaluation import Evaluation
 from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
+from ..terminal import clock
 
 # Dense bf16 matrix throughput of the makers' data sheets, FLOP/s, for model FLOPs utilisation
 PEAK_FLOPS = {
@@ -42,13 +43,6 @@ def training_flops(model: nn.Module, height: int, width: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device))
     return 3 * counter.get_total_flops()
-
-
-def clock(seconds: float) -> str:
-    """A duration as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 class Progress:

@@ -1,0 +1,72 @@
+"""What commands show of long work: progress, rate and time left."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+Advance = Callable[[float], None]
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} images/s" if task.speed else "")
+
+
+@contextmanager
+def image_progress(console: Console) -> Iterator[Callable[[str, int], Advance]]:
+    """Yields a function that starts a pass over images, given a title and their number, and returns the function to
+    call with the (possibly fractional) number of images just done.
+
+    A terminal gets a bar per pass; a log file gets a line every half minute.
+    """
+    if not console.is_terminal:
+        yield lambda title, total: _lines(console, title, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
+
+        def start(title: str, total: int) -> Advance:
+            task = bars.add_task(title, total=total)
+            return lambda n: bars.advance(task, n)
+
+        yield start
+
+
+def _lines(console: Console, title: str, total: int) -> Advance:
+    began = said = time.perf_counter()
+    done = 0.0
+
+    def advance(n: float) -> None:
+        nonlocal said, done
+        done += n
+        now = time.perf_counter()
+        finished = done >= total - 1e-6
+        if finished or now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            rate = done / max(now - began, 1e-9)
+            left = "" if finished else f"  {clock((total - done) / rate)} left"
+            line = f"{title} {round(done)}/{total}  {rate:.1f} images/s{left}"
+            console.print(line, highlight=False, soft_wrap=True)
+
+    return advance
