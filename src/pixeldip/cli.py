@@ -116,8 +116,9 @@ def sample(arguments: list[str]) -> int:
         choose_precision(parsed.precision, device),
         parsed.height,
         parsed.width,
+        parsed.model,
     )
-    sample_to_file(images, parsed.model, parsed.out, parsed.batch_size)
+    sample_to_file(images, parsed.out, parsed.batch_size)
     return 0
 
 

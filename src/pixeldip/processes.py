@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,22 @@ def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+@contextlib.contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """No TensorFloat-32 and no float16 sums in here, which CUDA would otherwise be allowed.
+
+    TensorFloat-32 shifts the features of an evaluation by 1e-3.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_tf32 = matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32, matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def keep_freed_memory() -> None:

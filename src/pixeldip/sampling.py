@@ -78,6 +78,7 @@ class SampledImages:
         classes: names or ids; by default all of the model's.
         order_seed: of the random order of the classes; None: in turn.
         precision: of the network's computation.
+        name: of the model, for records.
 
     Raises:
         UserError: if an argument is out of range.
@@ -93,8 +94,10 @@ class SampledImages:
         precision: torch.dtype = torch.float32,
         height: int | None = None,
         width: int | None = None,
+        name: str = "model",
     ):
         self.pipeline, self.settings, self.seeds, self.precision = pipeline, settings, seeds, precision
+        self.name = name
         self.height, self.width = height or pipeline.config.height, width or pipeline.config.width
         self.chosen = [pipeline.class_id(c) for c in classes] or list(range(pipeline.model.config.num_classes))
         self.order_seed = order_seed
@@ -141,6 +144,8 @@ class SampledImages:
     def made_with(self) -> dict[str, Any]:
         """What one needs to know to sample the same images again."""
         return {
+            **made_by(),
+            "model": self.name,
             "seeds": _ranges(self.seeds),
             "classes": self.chosen,
             "class_order_seed": self.order_seed,
@@ -151,9 +156,7 @@ class SampledImages:
         }
 
 
-def sample_to_file(
-    images: SampledImages, model: str, out: Path, batch_size: int, console: Console | None = None
-) -> None:
+def sample_to_file(images: SampledImages, out: Path, batch_size: int, console: Console | None = None) -> None:
     """Samples all images into a folder (see `ImageFolderWriter`) or, if `out` ends in .npz, one file that ADM's
     evaluator reads.
 
@@ -164,7 +167,7 @@ def sample_to_file(
         raise UserError(f"batch size {batch_size}: must be at least 1")
     console = console or Console()
     began = time.perf_counter()
-    with image_writer(images, model, out) as writer, image_progress(console) as start_pass:
+    with image_writer(images, out) as writer, image_progress(console) as start_pass:
         advance = start_pass("Sampling", len(images))
         for start in range(0, len(images), batch_size):
             share = min(batch_size, len(images) - start) / max(1, images.settings.steps)
@@ -174,17 +177,16 @@ def sample_to_file(
     console.print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")
 
 
-def image_writer(images: SampledImages, model: str, out: Path) -> "NpzImageWriter | ImageFolderWriter":
+def image_writer(images: SampledImages, out: Path) -> "NpzImageWriter | ImageFolderWriter":
     """The writer for a path: `.npz`, or a folder."""
-    return (NpzImageWriter if out.suffix == ".npz" else ImageFolderWriter)(images, model, out)
+    return (NpzImageWriter if out.suffix == ".npz" else ImageFolderWriter)(images, out)
 
 
 class NpzImageWriter(NpzWriter):
     """Sampled images in one `.npz` with their classes; use as a context manager, add images in order."""
 
-    def __init__(self, images: SampledImages, model: str, out: Path):
-        made_with = {**made_by(), "model": model, **images.made_with()}
-        super().__init__(out, len(images), images.height, images.width, made_with)
+    def __init__(self, images: SampledImages, out: Path):
+        super().__init__(out, len(images), images.height, images.width, images.made_with())
         self._labels = images.labels
 
     def finish(self) -> None:
@@ -198,8 +200,8 @@ class ImageFolderWriter:
     them), `grid.png` of the first images and `settings.json`.
     """
 
-    def __init__(self, images: SampledImages, model: str, out: Path):
-        self.images, self.model, self.out = images, model, out
+    def __init__(self, images: SampledImages, out: Path):
+        self.images, self.out = images, out
         self._count = 0
         self._first: list[Image.Image] = []
 
@@ -213,8 +215,8 @@ class ImageFolderWriter:
 
     def add(self, images: np.ndarray) -> None:
         """The next images, uint8 (n, H, W, 3)."""
-        made_with = {"model": self.model, **made_by(), **self.images.made_with()}
-        del made_with["seeds"], made_with["classes"]
+        made_with = self.images.made_with()
+        del made_with["seeds"], made_with["classes"]  # each image has its own
         for pixels in images:
             i = self._count
             row = {"seed": int(self.images.seeds[i])}
@@ -243,8 +245,8 @@ class ImageFolderWriter:
         in_turn = self.images.order_seed is None and 1 < len(chosen) <= 16
         across = min(len(self._first), len(chosen) if in_turn else 8)
         grid(self._first, across, scale=display_scale(self.images.width)).save(self.out / "grid.png")
-        record = {**made_by(), "model": self.model, **self.images.made_with()}
-        (self.out / SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        record = json.dumps(self.images.made_with(), indent=2) + "\n"
+        (self.out / SETTINGS).write_text(record, encoding="utf-8")
 
 
 def _ranges(seeds: Sequence[int]) -> str:

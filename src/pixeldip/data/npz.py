@@ -186,6 +186,7 @@ class NpzImages:
         self.file, self.count, self.height, self.width = file, count, height, width
         info = file._members[name]
         self.labels: np.ndarray | None = None
+        self.name = str(file.path)
         self._name, self._info, self._start = name, info, start
         self._map: np.memmap | None = None
         self._stream, self._position = None, 0

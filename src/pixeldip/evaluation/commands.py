@@ -32,11 +32,11 @@ def evaluate_command(arguments: Any) -> None:
                     arguments.classes,
                     order_seed=0,
                     precision=choose_precision(arguments.precision, processes.device),
+                    name=arguments.samples,
                 )
-                samples.name = arguments.samples
                 arguments.patch_size = samples.pipeline.model.config.patch_size
                 if arguments.save_images:
-                    writer = image_writer(samples, arguments.samples, arguments.save_images)
+                    writer = image_writer(samples, arguments.save_images)
                     save = stack.enter_context(writer).add if processes.is_main else _leave_to_main
             elif arguments.save_images:
                 raise UserError(f"--save-images keeps the samples of a model; {arguments.samples} is none")

@@ -1,11 +1,10 @@
 """Feature extractors by name: a network, its weights and how they are found and checked."""
 
-import contextlib
 import hashlib
 import importlib.util
 import os
 import urllib.error
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..processes import exact_matmuls
 from . import efficientnet, inception
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -52,21 +52,9 @@ class Extractor:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Features by name, float32 (B, D) on the CPU, of images (B, 3, H, W) uint8."""
         parts = images.split(CPU_BATCH) if self.device.type == "cpu" else [images]
-        with _full_float32():
+        with exact_matmuls():
             features = zip(*(self.network(part.to(self.device)) for part in parts), strict=True)
             return {name: torch.cat(x).float().cpu() for name, x in zip(self.outputs, features, strict=True)}
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """TensorFloat-32, which would shift features by 1e-3, is off in here."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def load_extractor(

@@ -14,6 +14,7 @@ from ..recipe import DataSection
 class ImageSet(Protocol):
     """What can be measured: `len`, a size in pixels, class ids (n,) or None, and images by index."""
 
+    name: str
     height: int
     width: int
     labels: np.ndarray | None
@@ -28,10 +29,10 @@ class ImageSet(Protocol):
 class ArrayImages:
     """Images in memory, uint8 (N, H, W, 3)."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray | None = None):
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, name: str = "images"):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise UserError(f"images are {images.dtype} {images.shape}, expected uint8 (N, H, W, 3)")
-        self.images, self.labels = images, labels
+        self.images, self.labels, self.name = images, labels, name
         self.height, self.width = images.shape[1:3]
 
     def __len__(self) -> int:

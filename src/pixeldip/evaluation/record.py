@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,17 +90,15 @@ def scaled(known: dict[str, float], part: str, scale: float) -> str:
     return f"{scale * known[part]:.4g}" + (f" ± {scale * deviation:.2g}" if deviation is not None else "")
 
 
-def sample_warnings(
-    images: ImageSet, name: str, samples: Measured, metrics: list[str], options: EvaluationOptions
-) -> list[str]:
+def sample_warnings(images: ImageSet, samples: Measured, metrics: list[str], options: EvaluationOptions) -> list[str]:
     found = []
     count, labels = samples.count, images.labels
     if count != FULL_SIZE and {"fid", "sfid", "is", "precision", "recall"} & set(metrics):
         found.append(f"{count} samples, where papers use {FULL_SIZE}: not comparable with their numbers")
     if samples.low == samples.high:
-        found.append(f"{name}: all pixels have the value {samples.low}")
+        found.append(f"{images.name}: all pixels have the value {samples.low}")
     elif samples.high <= 1:
-        found.append(f"{name}: no pixel is above {samples.high}; were images in [0, 1] saved as uint8?")
+        found.append(f"{images.name}: no pixel is above {samples.high}; were images in [0, 1] saved as uint8?")
     duplicates = count - len(set(samples.digests))
     if duplicates > 0.01 * count:
         found.append(f"{duplicates} of {count} samples are exact duplicates of others")
@@ -112,7 +109,7 @@ def sample_warnings(
                 f"classes are not balanced: {len(counts)} classes with {counts.min()} to {counts.max()} samples each"
             )
             if options.require_balanced:
-                raise UserError(f"{name}: {message}")
+                raise UserError(f"{images.name}: {message}")
             found.append(message)
         sorted_by_class = len(counts) > 1 and (np.diff(labels) >= 0).all()
         if sorted_by_class and "is" in metrics and options.is_order == "file" and count > options.is_split:
@@ -130,9 +127,9 @@ def _class_counts(labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels.astype(np.int64))
 
 
-def describe_samples(images: ImageSet, name: str, samples: Measured) -> dict[str, Any]:
+def describe_samples(images: ImageSet, samples: Measured) -> dict[str, Any]:
     description: dict[str, Any] = {
-        "name": name,
+        "name": images.name,
         "count": samples.count,
         "height": samples.height,
         "width": samples.width,
@@ -146,7 +143,7 @@ def describe_samples(images: ImageSet, name: str, samples: Measured) -> dict[str
         description["uint8"] = "clip((x + 1) * 127.5 + 0.5, 0, 255), truncated"
     elif isinstance(images, NpzImages):
         description["made_with"] = images.file.made_with
-    elif (settings := Path(name) / SETTINGS).is_file():
+    elif (settings := Path(images.name) / SETTINGS).is_file():
         with contextlib.suppress(json.JSONDecodeError):  # a file of that name that is not ours
             description["made_with"] = json.loads(settings.read_text(encoding="utf-8"))
     return description
@@ -167,6 +164,10 @@ def describe_reference(reference: Reference) -> dict[str, Any] | None:
     }
 
 
-def peak_memory_mib() -> int:
+def peak_memory_mib() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10))

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from ..data import NpzFile
 from ..errors import UserError
-from ..processes import Processes
+from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
 from ..recipe import EvaluationOptions
 from ..terminal import Advance, image_progress
@@ -180,11 +181,10 @@ class Evaluator:
                 "where metrics look at single images"
             )
 
-    def evaluate(self, images: ImageSet, name: str, save: Callable[[np.ndarray], None] | None = None) -> Evaluation:
+    def evaluate(self, images: ImageSet, save: Callable[[np.ndarray], None] | None = None) -> Evaluation:
         """Measures samples of the size given to the constructor.
 
         Args:
-            name: of the samples, for messages and the record.
             save: given all images in order, in the main process.
 
         Raises:
@@ -192,7 +192,7 @@ class Evaluator:
         """
         began = time.perf_counter()
         if len(images) < 2:
-            raise UserError(f"{name}: {len(images)} image; a covariance needs at least two")
+            raise UserError(f"{images.name}: {len(images)} image; a covariance needs at least two")
         with image_progress(self.console) as start_pass:
             samples = measure(
                 images,
@@ -203,12 +203,10 @@ class Evaluator:
                 save=save,
             )
         seconds = {**self.seconds, **{f"samples, {k}": v for k, v in samples.seconds.items()}}
-        return self.processes.on_main(lambda: self._compare(images, name, samples, seconds, began))
+        return self.processes.on_main(lambda: self._compare(images, samples, seconds, began))
 
-    def _compare(
-        self, images: ImageSet, name: str, samples: Measured, seconds: dict[str, float], began: float
-    ) -> Evaluation:
-        warnings = self.warnings + sample_warnings(images, name, samples, self.metrics, self.options)
+    def _compare(self, images: ImageSet, samples: Measured, seconds: dict[str, float], began: float) -> Evaluation:
+        warnings = self.warnings + sample_warnings(images, samples, self.metrics, self.options)
         reference = self.reference
         if reference.measured and reference.measured.pixels_sha256 == samples.pixels_sha256:
             warnings.append("the samples and the reference are the same images")
@@ -224,7 +222,7 @@ class Evaluator:
         comparison = Comparison(samples, reference, self.training, self.extractors, self.options, device)
         values, floors = {}, {}
         for m in self.metrics:
-            with self.console.status(f"computing {label(m, samples.count)}"):
+            with self.console.status(f"computing {label(m, samples.count)}"), exact_matmuls():
                 start = time.perf_counter()
                 values[m] = METRICS[m].compute(comparison)
                 if (real := floor(m, comparison)) is not None:
@@ -237,10 +235,10 @@ class Evaluator:
             **({"nearest": comparison.nearest} if "nearest" in values else {}),
             "labels": {m: label(m, samples.count) for m in values},
             "warnings": warnings,
-            "samples": describe_samples(images, name, samples),
+            "samples": describe_samples(images, samples),
             "reference": describe_reference(reference),
             **({"training_images": describe_reference(self.training)} if self.training else {}),
-            "options": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.options).items()},
+            "options": _plain_options(self.options),
             "extractors": {n: {**e.weights, "version": e.version} for n, e in self.extractors.items()},
             "environment": environment(self.processes),
             "seconds": {key: round(value, 3) for key, value in seconds.items()},
@@ -252,27 +250,28 @@ class Evaluator:
 def evaluate(
     samples: str | Path | ImageSet,
     options: EvaluationOptions,
-    processes: Processes,
+    processes: Processes | None = None,
     save: Callable[[np.ndarray], None] | None = None,
     console: Console | None = None,
 ) -> Evaluation:
     """Measures samples against a reference.
 
     Args:
-        samples: an image folder or an ADM `.npz`; or any `ImageSet`, for instance `SampledImages`.
+        samples: an image folder or an ADM `.npz`; or any `ImageSet`, for instance `SampledImages` of a model.
+        processes: of the command; None: this one, on the device that is there.
         save: given the images in order.
 
     Raises:
         UserError: for every mistake in the arguments or files, as early as it can be seen.
     """
-    name = str(samples) if isinstance(samples, str | Path) else getattr(samples, "name", type(samples).__name__)
+    processes = processes or Processes(0, 1, choose_device("auto"))
     label_mistake = None
     if isinstance(samples, str | Path):
-        samples, label_mistake = open_samples(name, options, processes)
+        samples, label_mistake = open_samples(str(samples), options, processes)
     evaluator = Evaluator(options, samples.height, samples.width, processes, console)
     if label_mistake:
         evaluator.warnings.append(label_mistake)
-    evaluation = evaluator.evaluate(samples, name, save)
+    evaluation = evaluator.evaluate(samples, save)
     if processes.is_main:
         print_evaluation(evaluation, evaluator.console)
     return evaluation
@@ -298,3 +297,9 @@ def _known_metrics(names: tuple[str, ...]) -> list[str]:
         if name not in METRICS:
             raise UserError(f"no metric {name!r}; there are {', '.join(METRICS)}")
     return list(dict.fromkeys(names or DEFAULT))
+
+
+def _plain_options(options: EvaluationOptions) -> dict[str, Any]:
+    """The options of an evaluation alone, of whatever command's arguments they are part of."""
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(EvaluationOptions)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

@@ -44,5 +44,6 @@ class TrainingMetrics:
             range(self.section.images),
             order_seed=0,
             precision=self.precision,
+            name="this run",
         )
-        return self.evaluator.evaluate(images, "samples of this run")
+        return self.evaluator.evaluate(images)
