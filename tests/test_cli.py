@@ -54,8 +54,16 @@ def test_help_needs_no_torch() -> None:
         (["sample", "{model}", "--classes", "3"], "classes 0 to 2"),
         (["sample", "{model}", "--seeds", "a-b"], "seeds 'a-b'"),
         (["sample", "{model}", "--height", "20"], "multiples of 8"),
-        (["sample", "{model}", "--steps", "0"], "at least one step"),
+        (["sample", "{model}", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
         (["convert", "nothing.ckpt", "out"], "nothing.ckpt: no such file"),
+        (
+            ["evaluate", "a.npz", "--patch-size", "0"],
+            "--patch-size: input should be greater than or equal to 2, found 0",
+        ),
+        (["evaluate", "a.npz", "--evaluation-batch-size", "-1"], "--evaluation-batch-size: input should be"),
+        (["evaluate", "reference", "emoji", "--resolution", "0"], "--resolution: input should be"),
+        (["evaluate", "reference", "emoji", "--out", "."], "cannot be written (a folder has that name)"),
+        (["evaluate", "a.npz"], "a.npz: no such file"),
         (["demo", "--steps", "0"], "at least 1"),
     ],
 )

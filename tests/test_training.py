@@ -340,6 +340,19 @@ def test_metrics_during_training(tmp_path: Path, picture_folder: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def test_metrics_against_whatever_the_training_accepts(tmp_path: Path, picture_folder: Path) -> None:
+    """A broken file gives its place to the next one, small pictures are enlarged: as in training."""
+    (picture_folder / "ant" / "2.png").write_bytes(b"broken")
+    recipe = tiny_recipe(
+        tmp_path / "run",
+        picture_folder,
+        data={"resolution": 64, "max_broken": 0.5},
+        evaluation={"every": 6, "images": 4, "steps": 1, "metrics": ["kid_efficientnet", "boundary"]},
+    )
+    train(recipe, QUIET)
+    assert '"event": "evaluation"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_metrics_that_cannot_be_had_stop_the_run_before_it_starts(tmp_path: Path, picture_folder: Path) -> None:
     recipe = tiny_recipe(tmp_path / "run", picture_folder, evaluation={"every": 2, "metrics": ["fidd"]})
     with pytest.raises(UserError, match="no metric 'fidd'"):

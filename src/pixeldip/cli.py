@@ -11,7 +11,16 @@ import tyro
 from rich.console import Console
 
 from .errors import UserError
-from .recipe import EvaluationOptions, Recipe, SamplingSettings, load_recipe, parse_recipe, recipe_values
+from .recipe import (
+    EvaluationOptions,
+    Positive,
+    Recipe,
+    SamplingSettings,
+    check_flags,
+    load_recipe,
+    parse_recipe,
+    recipe_values,
+)
 
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
 
@@ -92,9 +101,9 @@ class SampleArguments(SamplingSettings):
     """One image per seed: 7, 0-15 or 0-7,20. The classes are dealt out in turn, and in an .npz in a random order."""
     class_order_seed: int | None = None
     """Deal the classes out in the random order of this seed; None: 0 for an .npz, in turn for a folder."""
-    height: int | None = None
-    width: int | None = None
-    batch_size: int = 32
+    height: Positive | None = None
+    width: Positive | None = None
+    batch_size: Positive = 32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
 
@@ -102,23 +111,10 @@ class SampleArguments(SamplingSettings):
 def sample(arguments: list[str]) -> int:
     """Sample images from a trained model into a folder or an .npz file."""
     parsed = tyro.cli(SampleArguments, prog="pixeldip sample", args=arguments)
-    from .processes import choose_device, choose_precision
-    from .sampling import SampledImages, load_pipeline, parse_seeds, sample_to_file
+    check_flags(parsed)
+    from .sampling import sample_command
 
-    seeds, device = parse_seeds(parsed.seeds), choose_device(parsed.device)
-    order_seed = 0 if parsed.class_order_seed is None and parsed.out.suffix == ".npz" else parsed.class_order_seed
-    images = SampledImages(
-        load_pipeline(parsed.model, device),
-        parsed,
-        seeds,
-        parsed.classes,
-        order_seed,
-        choose_precision(parsed.precision, device),
-        parsed.height,
-        parsed.width,
-        parsed.model,
-    )
-    sample_to_file(images, parsed.out, parsed.batch_size)
+    sample_command(parsed)
     return 0
 
 
@@ -130,7 +126,7 @@ class EvaluateArguments(EvaluationOptions, SamplingSettings):
     """An image folder, an .npz with arr_0 (N, H, W, 3) uint8, or a model to sample from (run, saved folder, hub id)."""
     out: Path | None = None
     """JSON file for the numbers and everything needed to judge them."""
-    images: int = 50_000
+    images: Positive = 50_000
     """Samples of a model, seeds 0, 1, 2 …"""
     classes: tuple[str, ...] = ()
     """Class names or ids, of a model; by default all of them, as many samples of each, in a seeded random order."""
@@ -148,13 +144,13 @@ class ReferenceArguments:
     data: tyro.conf.Positional[str]
     """An image folder, a parquet or webdataset file, a hub dataset, or an .npz of images."""
     out: Path = Path("reference.npz")
-    resolution: int | None = None
+    resolution: Positive | None = None
     """Crop and scale to squares of this size as training does; None: the images all have one size."""
     split: str = "train"
-    images: int = 10_000
+    images: Positive = 10_000
     """At most so many images go into the file, a seeded choice; the statistics are of all of them."""
     inception_weights: Path | None = None
-    batch_size: int = 64
+    batch_size: Positive = 64
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
@@ -162,11 +158,13 @@ def evaluate(arguments: list[str]) -> int:
     """Measure samples: FID, sFID, Inception Score, precision, recall and more; make reference files."""
     if arguments[:1] == ["reference"]:
         parsed = tyro.cli(ReferenceArguments, prog="pixeldip evaluate reference", args=arguments[1:])
+        check_flags(parsed)
         from .evaluation.commands import reference_command
 
         reference_command(parsed)
     else:
         parsed = tyro.cli(EvaluateArguments, prog="pixeldip evaluate", args=arguments)
+        check_flags(parsed)
         from .evaluation.commands import evaluate_command
 
         evaluate_command(parsed)

@@ -5,6 +5,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -64,17 +65,19 @@ class Processes:
 
     def on_main(self, work: Callable[[], Any]) -> Any:
         """What `work` returns in the main process, in all of them; so for a UserError it raises."""
+        return self.mains(self.together(lambda: work() if self.is_main else None))
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns in this process; a UserError in one of them is raised in all."""
         if self.world_size == 1:
             return work()
         value, mistake = None, None
-        if self.is_main:
-            try:
-                value = work()
-            except UserError as error:
-                mistake = str(error)
-        value, mistake = self.mains((value, mistake))
-        if mistake is not None:
-            raise UserError(mistake)
+        try:
+            value = work()
+        except UserError as error:
+            mistake = str(error)
+        if mistakes := [text for text in self.everyones(mistake) if text is not None]:
+            raise UserError(mistakes[0])
         return value
 
     def barrier(self) -> None:
@@ -172,7 +175,8 @@ def start_processes(device_name: str) -> Processes:
         raise UserError("several processes cannot share an MPS device: use the cpu device, or one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # the main process may hash or compute for long while the others wait; torchrun ends them all if one dies
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     return Processes(rank, world_size, device)
 
 

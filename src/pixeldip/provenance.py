@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import diffusers
+import numpy
 import torch
 
 from . import __version__
@@ -21,6 +22,7 @@ def environment(processes: Processes) -> dict[str, Any]:
         "pixeldip": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": numpy.__version__,
         "diffusers": diffusers.__version__,
         "datasets": datasets.__version__,
         "platform": platform.platform(),

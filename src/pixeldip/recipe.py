@@ -189,8 +189,8 @@ class EvaluationOptions:
     """Images per split of the Inception Score."""
     is_order: Literal["file", "shuffled"] = "file"
     """Splits of consecutive images, as in ADM, or of images in a seeded random order."""
-    patch_size: Positive = 16
-    """For boundary: pixels between the borders looked at; a model's own size when samples come from one."""
+    patch_size: Annotated[int, Field(ge=2)] | None = None
+    """For boundary: pixels between the borders looked at; None: that of the model the samples come from, else 16."""
     evaluation_batch_size: Positive = 64
     """Images through the feature networks at once."""
     allow_resolution_mismatch: bool = False
@@ -210,7 +210,7 @@ class EvaluationSection(EvaluationOptions, SamplingSettings):
     metrics: tuple[str, ...] = ("kid_efficientnet", "fd_mid_efficientnet", "boundary")
     every: NonNegative = 0
     """Steps between evaluations; 0: none."""
-    images: Positive = 1000
+    images: Annotated[int, Field(ge=4)] = 1000
     """Samples per evaluation, always of the same seeds."""
     guidance: float = 2.0
 
@@ -264,6 +264,19 @@ def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
         raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
 
 
+def check_flags(arguments: Any) -> None:
+    """Checks a command's arguments, a dataclass, against the ranges of their types.
+
+    Raises:
+        UserError: naming the flags.
+    """
+    try:
+        TypeAdapter(type(arguments)).validate_python(vars(arguments))
+    except ValidationError as error:
+        flags = [(f"--{str(e['loc'][0]).replace('_', '-')}", e) for e in error.errors()]
+        raise UserError("; ".join(f"{flag}: {_found(e)}" for flag, e in flags)) from None
+
+
 def _explain(error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     if error["type"] == "unexpected_keyword_argument":
@@ -272,7 +285,11 @@ def _explain(error: Any) -> str:
         return f"{'.'.join(path)} is not a key of a recipe; " + (
             f"perhaps {'.'.join([*path[:-1], near[0]])}" if near else f"there are {', '.join(known)}"
         )
-    return f"{'.'.join(path)}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    return f"{'.'.join(path)}: {_found(error)}"
+
+
+def _found(error: Any) -> str:
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
 
 
 def _keys_at(path: list[str]) -> list[str]:

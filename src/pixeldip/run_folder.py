@@ -7,9 +7,12 @@ checkpoints/step-…/       training.pt (weights, optimizer, step) and pipeline/
 previews/step-….png       sample grids of fixed seeds
 """
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
@@ -18,6 +21,23 @@ CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
 PIPELINE = "pipeline"
 TRAINING_STATE = "training.pt"
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file that is to be written at the end of long work, and tries it out.
+
+    Raises:
+        UserError: if no file can be written there.
+    """
+    probe = path.with_name(f".{path.name}.probe")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def step_name(step: int) -> str:

@@ -1,5 +1,6 @@
 """Sampling many images: seeds dealt over classes, written as PNG files or as one `.npz`."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from .errors import UserError
 from .flow import Stream
 from .images import display_scale, grid, to_uint8
 from .pipeline import DiPPipeline
-from .processes import autocast
+from .processes import Processes, autocast, choose_precision, start_processes, stop_processes
 from .provenance import made_by
 from .recipe import SamplingSettings
 from .terminal import image_progress
@@ -146,6 +147,7 @@ class SampledImages:
         return {
             **made_by(),
             "model": self.name,
+            "patch_size": self.pipeline.model.config.patch_size,
             "seeds": _ranges(self.seeds),
             "classes": self.chosen,
             "class_order_seed": self.order_seed,
@@ -156,28 +158,59 @@ class SampledImages:
         }
 
 
-def sample_to_file(images: SampledImages, out: Path, batch_size: int, console: Console | None = None) -> None:
+def sample_command(arguments: Any) -> None:
+    """What `pixeldip sample` does with its `SampleArguments`."""
+    seeds = parse_seeds(arguments.seeds)
+    processes = start_processes(arguments.device)
+    try:
+        in_turn = arguments.out.suffix != ".npz"
+        images = SampledImages(
+            load_pipeline(arguments.model, processes.device),
+            arguments,
+            seeds,
+            arguments.classes,
+            order_seed=None if in_turn and arguments.class_order_seed is None else arguments.class_order_seed or 0,
+            precision=choose_precision(arguments.precision, processes.device),
+            height=arguments.height,
+            width=arguments.width,
+            name=arguments.model,
+        )
+        sample_to_file(images, arguments.out, arguments.batch_size, processes)
+    finally:
+        stop_processes()
+
+
+def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes: Processes) -> None:
     """Samples all images into a folder (see `ImageFolderWriter`) or, if `out` ends in .npz, one file that ADM's
-    evaluator reads.
+    evaluator reads. All processes sample; the main one writes.
 
     Raises:
         UserError: if an argument is out of range or nothing can be written there.
     """
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size}: must be at least 1")
-    console = console or Console()
+    console = Console(quiet=not processes.is_main)
     began = time.perf_counter()
-    with image_writer(images, out) as writer, image_progress(console) as start_pass:
-        advance = start_pass("Sampling", len(images))
-        for start in range(0, len(images), batch_size):
-            share = min(batch_size, len(images) - start) / max(1, images.settings.steps)
-            writer.add(images.read(start, start + batch_size, lambda _, share=share: advance(share)))
+    starts = range(0, len(images), batch_size)
+    with contextlib.ExitStack() as stack:
+        writer = image_writer(images, out)
+        processes.on_main(lambda: bool(stack.enter_context(writer)))
+        advance = stack.enter_context(image_progress(console))("Sampling", len(images))
+        for first in range(0, len(starts), processes.world_size):
+            own = starts[first + processes.rank : first + processes.rank + 1]
+            batches = min(processes.world_size, len(starts) - first)
+            share = batches * batch_size / max(1, images.settings.steps)
+
+            def read(own: range = own, share: float = share) -> np.ndarray | None:
+                return images.read(own[0], own[0] + batch_size, lambda _: advance(share)) if own else None
+
+            for pixels in processes.collected(processes.together(read)):
+                if pixels is not None:
+                    writer.add(pixels)
     seconds = time.perf_counter() - began
     shown = out if out.suffix == ".npz" else out / "grid.png"
     console.print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")
 
 
-def image_writer(images: SampledImages, out: Path) -> "NpzImageWriter | ImageFolderWriter":
+def image_writer(images: SampledImages, out: Path) -> "ImageWriter":
     """The writer for a path: `.npz`, or a folder."""
     return (NpzImageWriter if out.suffix == ".npz" else ImageFolderWriter)(images, out)
 
@@ -247,6 +280,10 @@ class ImageFolderWriter:
         grid(self._first, across, scale=display_scale(self.images.width)).save(self.out / "grid.png")
         record = json.dumps(self.images.made_with(), indent=2) + "\n"
         (self.out / SETTINGS).write_text(record, encoding="utf-8")
+
+
+ImageWriter = NpzImageWriter | ImageFolderWriter
+"""Context managers with `add(images)`, for images uint8 (n, H, W, 3) in order."""
 
 
 def _ranges(seeds: Sequence[int]) -> str:

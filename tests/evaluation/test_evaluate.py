@@ -1,5 +1,6 @@
 """`pixeldip evaluate` from files and models to numbers, warnings and refusals."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -13,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pixeldip import DiP, DiPPipeline
+from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
-from pixeldip.data import NpzFile
+from pixeldip.data import NpzFile, NpzWriter
+from pixeldip.evaluation import METRICS
 from pixeldip.evaluation.inception import POOL_DIM, SPATIAL_DIM, Inception
 
 from ..conftest import opened_up
@@ -204,8 +206,11 @@ def test_nearest_shows_copies(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     assert near["real_is"] == "reference images" and "means copying" in capsys.readouterr().out
     itself = run(tmp_path, samples, "--reference", train_folder, "--metrics", "nearest", "--train-images", train_folder)
     assert itself["floors"]["nearest"]["real"] > 0 and "against the others" in itself["nearest"]["real_is"]
-    assert main(["evaluate", samples, *arguments]) == 2
-    assert "--train-images" in capsys.readouterr().err
+    statistics_only = tmp_path / "statistics.npz"
+    np.savez(statistics_only, **statistics())
+    for train_images, message in (("", "--train-images"), (statistics_only, "no images (arr_0) in it")):
+        assert main(["evaluate", samples, *arguments, "--train-images", str(train_images)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_is_sampled_and_measured(model_folder: Path, tmp_path: Path) -> None:
@@ -238,7 +243,9 @@ def test_a_model_is_sampled_and_measured(model_folder: Path, tmp_path: Path) -> 
     assert np.array_equal(NpzFile(tmp_path / "again.npz").images().read(0, 20), kept.images().read(0, 20))
     assert main([*sampled, "--out", str(tmp_path / "folder"), "--class-order-seed", "0"]) == 0
     by_folder = run(tmp_path, tmp_path / "folder", *common)  # its grid.png is not counted
-    assert by_folder["metrics"] == by_model["metrics"] and by_folder["samples"]["classes"]["counts"] == [7, 7, 6]
+    assert by_folder["metrics"] == by_model["metrics"] and sorted(
+        by_folder["samples"]["classes"]["counts"].values()
+    ) == [6, 7, 7]
 
 
 def test_a_model_that_puts_out_nan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -271,6 +278,12 @@ def test_many_processes_give_the_same_numbers(model_folder: Path, tmp_path: Path
         subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
         records.append(json.loads(out.read_text()))
         images.append(NpzFile(kept).images().read(0, 13))
+    sampled = tmp_path / "sampled.npz"
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pixeldip.cli", "sample"]
+    flags = ["--seeds", "0-12", "--batch-size", "8", "--steps", "2", "--precision", "fp32", "--device", "cpu"]
+    command = [sys.executable, "-m", *torchrun, str(model_folder), *flags, "--out", str(sampled)]
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    assert np.array_equal(NpzFile(sampled).images().read(0, 13), images[0])
     one, three = records
     assert three["environment"]["processes"] == 3 and set(one["metrics"]) == set(metrics)
     for name, value in one["metrics"].items():
@@ -303,12 +316,12 @@ def asymmetric() -> np.ndarray:
 @pytest.mark.parametrize(
     ("samples", "reference", "arguments", "message"),
     [
-        ({"arr_0": GOOD[:1]}, {"arr_0": GOOD}, [], "1 image; a covariance needs at least two"),
+        ({"arr_0": GOOD[:1]}, {"arr_0": GOOD}, [], "1 samples; these metrics need at least 4"),
         ({"arr_0": GOOD / 255}, {"arr_0": GOOD}, [], "float64 values, expected uint8"),
         ({"arr_0": GOOD.transpose(0, 3, 1, 2)}, {"arr_0": GOOD}, [], "looks like (N, 3, H, W)"),
-        ({"arr_0": GOOD}, {"arr_0": GOOD[:, :16, :16]}, [], "16x16 images, the samples are 32x32"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:, :16, :16]}, [], "images of 16x16, the samples are 32x32"),
         ({"images": GOOD}, {"arr_0": GOOD}, [], "no array arr_0; it holds images"),
-        ({"arr_0": GOOD}, {"x": GOOD}, [], "neither images (arr_0) nor statistics (mu, sigma); it holds x"),
+        ({"arr_0": GOOD}, {"x": GOOD}, [], "no images (arr_0) or statistics (mu, sigma) in it; it holds x"),
         ({"arr_0": GOOD}, statistics(), ["--metrics", "recall"], "recall is not available"),
         ({"arr_0": GOOD}, statistics(mu_s=None, sigma_s=None), ["--metrics", "sfid"], "has no mu_s, sigma_s"),
         ({"arr_0": GOOD}, statistics(sigma=None), [], "sigma is missing"),
@@ -326,8 +339,8 @@ def asymmetric() -> np.ndarray:
             [],
             "mu holds float64 values that are not all finite",
         ),
-        ({"arr_0": GOOD[:3]}, {"arr_0": GOOD}, ["--metrics", "precision"], "at least 4 samples, found 3"),
-        ({"arr_0": GOOD}, {"arr_0": GOOD[:3]}, ["--metrics", "recall"], "at least 4 reference images, found 3"),
+        ({"arr_0": GOOD[:3]}, {"arr_0": GOOD}, ["--metrics", "precision"], "at least 4 samples"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:3]}, ["--metrics", "recall"], "at least 4 reference images"),
         (
             {"arr_0": GOOD, "arr_1": np.array([0, 0, 0, 0, 0, 1])},
             {"arr_0": GOOD},
@@ -335,6 +348,16 @@ def asymmetric() -> np.ndarray:
             "2 classes with 1 to 5 samples each",
         ),
         ({"arr_0": GOOD}, {"arr_0": GOOD}, ["--metrics", "fiid"], "no metric 'fiid'; there are fid"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:1]}, ["--metrics", "kid"], "1 image; a comparison needs at least two"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:0]}, ["--metrics", "boundary"], "0 image; a comparison needs"),
+        ({"arr_0": GOOD}, statistics(mu=None, sigma=None), ["--metrics", "fid"], "fid is not available"),
+        ({"arr_0": GOOD[:, :16]}, {"arr_0": GOOD[:, :16]}, [], "squeezed into the squares"),
+        (
+            {"arr_0": GOOD},
+            {"arr_0": GOOD},
+            ["--metrics", "boundary", "--patch-size", "32"],
+            "no borders of patches of 32",
+        ),
     ],
 )
 def test_refusals(
@@ -352,6 +375,54 @@ def test_refusals(
     assert main([*command, "--inception-weights", str(seeded_weights), "--out", str(tmp_path / "m.json")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "m.json").exists()
+
+
+def test_labels_of_a_few_classes_and_wild_labels(tmp_path: Path) -> None:
+    common = ["--metrics", "boundary", "--patch-size", 8]
+    few = save_npz(tmp_path / "few.npz", GOOD, np.array([207, 360] * 3))
+    record = run(tmp_path, few, *common, "--require-balanced")
+    assert record["samples"]["classes"]["counts"] == {"207": 3, "360": 3}
+    assert "samples of 2 classes, though their ids go up to 360" in record["warnings"]
+    wild = save_npz(tmp_path / "wild.npz", GOOD, np.array([-1, 10**13, 0, 1, 2, 3]))
+    assert run(tmp_path, wild, *common)["samples"]["classes"]["max"] == 1
+
+
+def test_statistics_of_other_weights_and_of_few_images(tmp_path: Path, seeded_weights: Path) -> None:
+    made_with = {"inception": {"sha256": "another"}, "images": 8}
+    with NpzWriter(tmp_path / "reference.npz", len(GOOD), 32, 32, made_with) as writer:
+        writer.add(GOOD)
+        writer.finish(**statistics(sigma_s=None))
+    samples = save_npz(tmp_path / "samples.npz", smooth_images(5, 2))
+    arguments = [samples, "--reference", tmp_path / "reference.npz", "--inception-weights", seeded_weights]
+    record = run(tmp_path, *arguments, "--metrics", "fid")  # sigma_s is not needed
+    warnings = " | ".join(record["warnings"])
+    assert "was made with other Inception weights, SHA-256 another" in warnings
+    assert "fid: 8 reference images for 2048 features" in warnings
+    assert record["reference"]["made_with"] == made_with
+
+
+def test_constant_images_have_no_boundary(tmp_path: Path) -> None:
+    samples = save_npz(tmp_path / "a.npz", np.full((4, 32, 32, 3), 7, np.uint8))
+    record = run(tmp_path, samples, "--metrics", "boundary")
+    assert record["metrics"] == {} and "boundary is not defined for these images" in record["warnings"]
+
+
+def test_samples_outlive_a_failure_after_them(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fails(_: object) -> float:
+        raise UserError("no number today")
+
+    monkeypatch.setitem(METRICS, "boundary", dataclasses.replace(METRICS["boundary"], compute=fails))
+    kept = tmp_path / "kept.npz"
+    arguments = ["evaluate", str(model_folder), "--images", "5", "--steps", "1", "--metrics", "boundary"]
+    assert main([*arguments, "--save-images", str(kept)]) == 2
+    assert "no number today" in capsys.readouterr().err and len(NpzFile(kept).images()) == 5
+    (tmp_path / "folder.npz").mkdir()
+    assert main([*arguments, "--save-images", str(tmp_path / "folder.npz")]) == 2
+    assert "a folder has that name" in capsys.readouterr().err
+    assert main([*arguments, "--out", str(kept / "below a file.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -393,7 +464,8 @@ def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:
     for text in (
         "no pixel is above 1",
         "8 of 12 samples are exact duplicates",
-        "4 classes with 0 to 8 samples each",
+        "3 classes with 2 to 8 samples each",
+        "samples of 3 classes, though their ids go up to 3",
         "sorted by class",
         "the last split of the Inception Score has 2 of 5 images",
         "the samples and the reference are the same images",
@@ -409,7 +481,7 @@ def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:
         tmp_path, constant, "--reference", real, "--allow-resolution-mismatch", "--metrics", "kid_efficientnet"
     )
     warnings = " | ".join(record["warnings"])
-    for text in ("all pixels have the value 9", "labels left out: ", "32x32 images, the samples are 16x16"):
+    for text in ("all pixels have the value 9", "labels left out: ", "images of 32x32, the samples are 16x16"):
         assert text in warnings, text
 
 
@@ -450,6 +522,7 @@ def test_weights_of_another_network(tmp_path: Path, seeded_weights: Path, capsys
         "aux": {**state, "AuxLogits.fc.weight": torch.zeros(3)},
         "lacking": {k: v for k, v in state.items() if k != "fc.bias"},
         "shape": {**state, "fc.bias": torch.zeros(1000)},
+        "numbers": {0: torch.zeros(3)},
     }
     for name, tensors in wrong.items():
         torch.save(tensors, tmp_path / f"{name}.pth")
@@ -459,6 +532,7 @@ def test_weights_of_another_network(tmp_path: Path, seeded_weights: Path, capsys
         "aux": "AuxLogits.fc.weight is not a tensor of this network",
         "lacking": "fc.bias is missing",
         "shape": "fc.bias has shape (1000,), expected (1008,)",
+        "numbers": "expected a dictionary of tensors by name",
         "text": "not a file of tensors, or a damaged one",
         "none": "no such file",
     }.items():

@@ -67,8 +67,8 @@ def check_inception_score() -> None:
         logits = pool[start : start + 10] @ weight.T
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         scores.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
-    mean, deviation = inception_score(torch.from_numpy(pool).float(), torch.from_numpy(weight).float(), split_size=10)
-    assert mean == pytest.approx(np.mean(scores), rel=1e-5) and deviation == pytest.approx(np.std(scores), rel=1e-4)
+    score = inception_score(torch.from_numpy(pool).float(), torch.from_numpy(weight).float(), split_size=10)
+    assert score == pytest.approx(np.mean(scores), rel=1e-5)
 
 
 def check_precision_recall() -> None:
@@ -205,10 +205,19 @@ def test_frechet_of_singular_covariances() -> None:
     assert frechet_distance(m1, s1, m1, s1) == pytest.approx(0, abs=1e-6)
 
 
+def test_frechet_of_ill_conditioned_covariances() -> None:
+    random = np.random.default_rng(0)
+    basis = np.linalg.qr(random.standard_normal((200, 200)))[0]
+    a, b = np.geomspace(10, 1e-6, 200), np.geomspace(8, 1e-7, 200)
+    mean = np.zeros(200)
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert frechet_distance(mean, basis * a @ basis.T, mean, basis * b @ basis.T) == pytest.approx(expected, rel=1e-7)
+
+
 def test_inception_score_limits() -> None:
     weight = torch.eye(8) * 2000
-    assert inception_score(torch.eye(8), weight)[0] == pytest.approx(8)  # sure and diverse; p log p of 0 is 0
-    assert inception_score(torch.ones(8, 8), weight)[0] == pytest.approx(1)
+    assert inception_score(torch.eye(8), weight) == pytest.approx(8)  # sure and diverse; p log p of 0 is 0
+    assert inception_score(torch.ones(8, 8), weight) == pytest.approx(1)
 
 
 def test_precision_recall_by_hand() -> None:
@@ -220,13 +229,20 @@ def test_precision_recall_by_hand() -> None:
 def test_adm_distances_are_rounded_to_half_precision() -> None:
     u = torch.rand(50, 2048, generator=torch.Generator().manual_seed(0)) * 0.9
     v = torch.rand(40, 2048, generator=torch.Generator().manual_seed(1)) * 0.9
-    distances = metrics._squared_distances_adm(u, v)
+    ((rows, columns, distances),) = metrics._distance_blocks(u, v, "adm")
+    assert (rows, columns) == (slice(0, 50), slice(0, 40))
     exact = torch.cdist(u.double(), v.double()).square()
     assert torch.equal(distances, distances.half().float())
     assert 0.05 < (distances - exact).abs().max() < 2
-    # one value too large for float16: the block is computed in float32
+    # (|u|^2 - 2 u v) is rounded before |v|^2 is added: rows and columns are not alike
+    long, short = u * 1.3, v * 0.1
+    ((_, _, one),) = metrics._distance_blocks(long, short, "adm")
+    ((_, _, other),) = metrics._distance_blocks(short, long, "adm")
+    assert not torch.equal(one, other.T) and (one - other.T).abs().max() <= 1
+    # one value too large for float16: the whole block is computed in float32
     u[0] = 300
-    assert torch.equal(metrics._squared_distances_adm(u, v), metrics._squared_distances(u, v))
+    ((_, _, fallback),) = metrics._distance_blocks(u, v, "adm")
+    assert torch.equal(fallback, metrics._squared_distances(u, v))
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +282,7 @@ def test_nearest_neighbours() -> None:
     rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [10.0, 0.0]])
     distances, indices = nearest_neighbours(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), rows)
     assert distances.tolist() == [0, 1] and indices.tolist() == [1, 0]
-    distances, indices = nearest_neighbours(rows, rows, leave_out_self=True)
+    distances, indices = nearest_neighbours(rows, rows, own=torch.arange(3))
     assert distances.tolist() == [5, 5, pytest.approx(math.sqrt(65))] and indices.tolist() == [1, 0, 1]
 
 

@@ -7,12 +7,12 @@ claimed size has been compared with the size of the file.
 
 import io
 import json
+import lzma
 import math
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from ..run_folder import check_writable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LONGEST_HEADER = 10_000
@@ -33,7 +34,10 @@ _DAMAGE = (
     OverflowError,
     RecursionError,
     RuntimeError,  # an encrypted member; NotImplementedError: an unknown compression
-    KeyError,
+    LookupError,
+    TypeError,
+    MemoryError,
+    lzma.LZMAError,
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -117,8 +121,8 @@ class NpzFile:
             raise UserError(f"{self.path}: {name} is stored in Fortran order; save np.ascontiguousarray(x)")
         return NpzImages(self, name, shape[0], shape[1], shape[2], start)
 
-    def verify(self, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Reads everything once and compares the checksums; `advance` is told the bytes done.
+    def verify(self) -> None:
+        """Reads everything once and compares the checksums.
 
         Raises:
             UserError: naming the array that is damaged.
@@ -126,15 +130,10 @@ class NpzFile:
         for name, info in self._members.items():
             try:
                 with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
-                    while chunk := member.read(_CHUNK):
-                        advance(len(chunk))
+                    while member.read(_CHUNK):
+                        pass
             except _DAMAGE as error:
                 raise UserError(f"{self.path}: {name} is damaged ({error})") from error
-
-    @property
-    def size(self) -> int:
-        """Bytes of all arrays."""
-        return sum(info.file_size for info in self._members.values())
 
     def labels(self, count: int) -> np.ndarray | None:
         """`arr_1` as int64 (count,), or None if there is none.
@@ -249,8 +248,8 @@ class NpzWriter:
         self._written = 0
 
     def __enter__(self) -> "NpzWriter":
+        check_writable(self.path)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._archive = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
             self._archive.comment = self._comment
             self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
@@ -264,7 +263,10 @@ class NpzWriter:
         """The next images, uint8 (n, H, W, 3)."""
         if images.dtype != np.uint8 or images.shape[1:] != self.shape[1:]:
             raise ValueError(f"images {images.dtype} {images.shape}, expected uint8 (n, {self.shape[1:]})")
-        self._images.write(np.ascontiguousarray(images).data)
+        try:
+            self._images.write(np.ascontiguousarray(images).data)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         self._written += len(images)
 
     def finish(self, **arrays: np.ndarray) -> None:
@@ -289,5 +291,3 @@ class NpzWriter:
         finally:
             if kind is not None:
                 self._partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error

@@ -1,6 +1,5 @@
 """What `pixeldip evaluate` and `pixeldip evaluate reference` do with their arguments."""
 
-import contextlib
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +8,7 @@ from ..data import NpzFile
 from ..errors import UserError
 from ..pipeline import names_a_model
 from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
+from ..run_folder import check_writable
 from ..sampling import SampledImages, image_writer, load_pipeline
 from ..terminal import image_progress
 from .extractors import load_extractor
@@ -22,33 +22,27 @@ def evaluate_command(arguments: Any) -> None:
     keep_freed_memory()
     processes = start_processes(arguments.device)
     try:
-        with contextlib.ExitStack() as stack:
-            samples, save = arguments.samples, None
-            if names_a_model(arguments.samples):
-                samples = SampledImages(
-                    load_pipeline(arguments.samples, processes.device),
-                    arguments,
-                    range(arguments.images),
-                    arguments.classes,
-                    order_seed=0,
-                    precision=choose_precision(arguments.precision, processes.device),
-                    name=arguments.samples,
-                )
-                arguments.patch_size = samples.pipeline.model.config.patch_size
-                if arguments.save_images:
-                    writer = image_writer(samples, arguments.save_images)
-                    save = stack.enter_context(writer).add if processes.is_main else _leave_to_main
-            elif arguments.save_images:
-                raise UserError(f"--save-images keeps the samples of a model; {arguments.samples} is none")
-            evaluation = evaluate(samples, arguments, processes, save)
+        if arguments.out:
+            processes.on_main(lambda: check_writable(arguments.out))
+        samples, writer = arguments.samples, None
+        if names_a_model(arguments.samples):
+            samples = SampledImages(
+                load_pipeline(arguments.samples, processes.device),
+                arguments,
+                range(arguments.images),
+                arguments.classes,
+                order_seed=0,
+                precision=choose_precision(arguments.precision, processes.device),
+                name=arguments.samples,
+            )
+            writer = image_writer(samples, arguments.save_images) if arguments.save_images else None
+        elif arguments.save_images:
+            raise UserError(f"--save-images keeps the samples of a model; {arguments.samples} is none")
+        evaluation = evaluate(samples, arguments, processes, writer)
         if arguments.out and processes.is_main:
             evaluation.save(arguments.out)
     finally:
         stop_processes()
-
-
-def _leave_to_main(_: object) -> None:
-    pass
 
 
 def reference_command(arguments: Any) -> None:
@@ -57,6 +51,7 @@ def reference_command(arguments: Any) -> None:
     processes = start_processes(arguments.device)
     console = Console(quiet=not processes.is_main)
     try:
+        processes.on_main(lambda: check_writable(arguments.out))
         if arguments.data.endswith(".npz"):
             file = NpzFile(arguments.data)
             processes.on_main(file.verify)

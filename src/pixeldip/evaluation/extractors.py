@@ -170,8 +170,8 @@ def _tensors_of(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files, and for what is not tensors
         raise UserError(f"{path}: not a file of tensors, or a damaged one ({str(error).splitlines()[0]})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path}: expected a dictionary of tensors")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise UserError(f"{path}: expected a dictionary of tensors by name")
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 

@@ -1,10 +1,12 @@
 """Sets of images to measure: read in parts, by index, in an order that is always the same."""
 
+import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from ..data import BrokenImage, Source, centre_crop, decode, open_source
 from ..errors import UserError
@@ -48,14 +50,23 @@ class SourceImages:
     Args:
         size: (height, width) to crop and scale every picture to, as in training; None: they must all have one size.
         allow_enlarging: accept pictures smaller than `size`.
+        skip_broken: a picture that cannot be read gives its place to the next one, as in training.
 
     Raises:
         UserError: here if the first picture cannot be read; from `read` naming the picture that cannot be
             read or has another size.
     """
 
-    def __init__(self, source: Source, name: str, size: tuple[int, int] | None = None, allow_enlarging: bool = False):
-        self.source, self.name, self.crops, self.allow_enlarging = source, name, size is not None, allow_enlarging
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        size: tuple[int, int] | None = None,
+        allow_enlarging: bool = False,
+        skip_broken: bool = False,
+    ):
+        self.source, self.name, self.crops = source, name, size is not None
+        self.allow_enlarging, self.skip_broken = allow_enlarging, skip_broken
         self.height, self.width = size or self._picture(0).shape[:2]
         self.labels = source.labels()
 
@@ -67,19 +78,19 @@ class SourceImages:
             return np.stack(list(pool.map(self._picture, range(start, min(stop, len(self))))))
 
     def _picture(self, index: int) -> np.ndarray:
-        try:
-            data, _, name = self.source.read(index)
-        except OSError as error:
-            raise UserError(f"{self.name}: row {index}: {error.strerror or error}") from error
-        try:
-            picture = decode(data)
-        except BrokenImage as error:
-            raise UserError(f"{self.name}: {name}: {error}") from error
+        for attempt in range(len(self) if self.skip_broken else 1):
+            try:
+                picture, name = self._decoded((index + attempt) % len(self))
+                break
+            except BrokenImage as error:
+                why = str(error)
+        else:
+            raise UserError(f"{self.name}: {why}")
         if self.crops:
             if not self.allow_enlarging and (picture.height < self.height or picture.width < self.width):
                 raise UserError(
                     f"{self.name}: {name} is {picture.height}x{picture.width}, smaller than the "
-                    f"{self.height}x{self.width} asked for; --allow-resolution-mismatch enlarges it"
+                    f"{self.height}x{self.width} asked for; ask for less, or add --allow-resolution-mismatch"
                 )
             return centre_crop(picture, self.height, self.width)
         pixels = np.asarray(picture)
@@ -90,11 +101,22 @@ class SourceImages:
             )
         return pixels
 
+    def _decoded(self, index: int) -> tuple[Image.Image, str]:
+        try:
+            data, _, name = self.source.read(index)
+        except OSError as error:
+            raise BrokenImage(f"row {index}: {error.strerror or error}") from error
+        try:
+            return decode(data), name
+        except BrokenImage as error:
+            raise BrokenImage(f"{name}: {error}") from error
+
     def content_hash(self) -> str:
         """SHA-256 of the files' bytes, one after the other."""
         digest = hashlib.sha256()
         for i in range(len(self)):
-            digest.update(hashlib.sha256(self.source.read(i)[0]).digest())
+            with contextlib.suppress(OSError):  # said when its pixels are wanted
+                digest.update(hashlib.sha256(self.source.read(i)[0]).digest())
         return digest.hexdigest()
 
 

@@ -55,25 +55,23 @@ class Moments:
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
 
-    Source: Heusel et al. 2017, Eq. 6. The root's trace is that of (r cov2 r)^(1/2) with r = cov1^(1/2), by
-    symmetric eigendecompositions. Eigenvalues within rounding of zero count as zero, so that singular
-    covariances (fewer images than features) give one number, not one per summation order.
+    Source: Heusel et al. 2017, Eq. 6. The root's trace is the sum of the singular values of cov1^(1/2) cov2^(1/2),
+    whose roots come from symmetric eigendecompositions. Eigenvalues of the covariances within rounding of zero
+    count as zero, so that singular ones (fewer images than features) give one number, not one per summation order.
     """
-    values, vectors = np.linalg.eigh(cov1)
-    root = (vectors * np.sqrt(_without_rounding(values))) @ vectors.T
-    product = root @ cov2 @ root
-    trace = np.sqrt(_without_rounding(np.linalg.eigvalsh((product + product.T) / 2))).sum()
+
+    def root(covariance: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(covariance)
+        rounding = values.max(initial=0) * len(values) * np.finfo(np.float64).eps
+        return (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
+
+    trace = np.linalg.svd(root(cov1) @ root(cov2), compute_uv=False).sum()
     shift = mean1 - mean2
     return float(shift @ shift + np.trace(cov1) + np.trace(cov2) - 2 * trace)
 
 
-def _without_rounding(eigenvalues: np.ndarray) -> np.ndarray:
-    threshold = eigenvalues.max(initial=0) * len(eigenvalues) * np.finfo(np.float64).eps
-    return np.where(eigenvalues > threshold, eigenvalues, 0)
-
-
-def inception_score(pool: Tensor, weight: Tensor, split_size: int = 5000) -> tuple[float, float]:
-    """Mean and standard deviation over splits of exp(E KL(p(y | x) || p(y))).
+def inception_score(pool: Tensor, weight: Tensor, split_size: int = 5000) -> float:
+    """Mean over splits of exp(E KL(p(y | x) || p(y))).
 
     Source: Salimans et al. 2016, as ADM computes it: consecutive splits in the order of the rows, the last
     shorter one counted like the others.
@@ -90,7 +88,7 @@ def inception_score(pool: Tensor, weight: Tensor, split_size: int = 5000) -> tup
         marginal = p.mean(0)
         log_marginal = torch.where(marginal > 0, marginal, 1.0).log()  # 0 log 0 = 0
         scores.append(torch.where(p > 0, p * (log_p - log_marginal), 0.0).sum(1).mean().exp().item())
-    return float(np.mean(scores)), float(np.std(scores))
+    return float(np.mean(scores))
 
 
 def precision_recall(samples: Tensor, references: Tensor, k: int = 3, distance: str = "adm") -> tuple[float, float]:
@@ -104,30 +102,38 @@ def precision_recall(samples: Tensor, references: Tensor, k: int = 3, distance: 
         references: (m, D), m > k.
         distance: "adm", in float16 as ADM's evaluator has it, or "float32".
     """
-    squared = {"adm": _squared_distances_adm, "float32": _squared_distances}[distance]
-    radii = [_radii(features, k, squared) for features in (samples, references)]
-    inside = [torch.zeros(len(features), dtype=torch.bool) for features in (samples, references)]
-    for rows, start in _blocks(samples):
-        here = slice(start, start + len(rows))
-        for others, at in _blocks(references, _ADM_BLOCK):
-            there = slice(at, at + len(others))
-            between = squared(rows, others)
-            inside[0][here] |= (between <= radii[1][there]).any(1).cpu()
-            inside[1][there] |= (between <= radii[0][here, None]).any(0).cpu()
-    return inside[0].double().mean().item(), inside[1].double().mean().item()
+    radii = [_radii(features, k, distance) for features in (references, samples)]
+    covered = [torch.zeros(len(features), dtype=torch.bool) for features in (references, samples)]
+    for rows, columns, between in _distance_blocks(references, samples, distance):
+        covered[0][rows] |= (between <= radii[1][columns]).any(1).cpu()
+        covered[1][columns] |= (between <= radii[0][rows, None]).any(0).cpu()
+    recall, precision = (inside.double().mean().item() for inside in covered)
+    return precision, recall
 
 
-def _radii(features: Tensor, k: int, squared) -> Tensor:
+def _radii(features: Tensor, k: int, distance: str) -> Tensor:
     """(n,): squared distance of each row to its k-th nearest other row."""
-    radii = []
-    for rows, _ in _blocks(features):
-        nearest = None
-        for others, _ in _blocks(features, _ADM_BLOCK):
-            # k + 1 of them: the row itself is among the others
-            found = squared(rows, others).topk(min(k + 1, len(others)), 1, largest=False).values
-            nearest = found if nearest is None else torch.cat([nearest, found], 1)
-        radii.append(nearest.topk(k + 1, 1, largest=False).values[:, k])
-    return torch.cat(radii)
+    parts: dict[int, list[Tensor]] = {}
+    for rows, _, between in _distance_blocks(features, features, distance):
+        # k + 1 of them: the row itself is among the others
+        parts.setdefault(rows.start, []).append(between.topk(min(k + 1, between.shape[1]), 1, largest=False).values)
+    nearest = torch.cat([torch.cat(parts[start], 1).topk(k + 1, 1, largest=False).values for start in sorted(parts)])
+    return nearest[:, k]
+
+
+def _distance_blocks(u: Tensor, v: Tensor, distance: str) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows, columns, squared distances) over all pairs.
+
+    "adm" computes in float16, and in float32 wherever one of ADM's blocks of 10,000 x 10,000 pairs would overflow.
+    """
+    for us, u_start in _blocks(u, _ADM_BLOCK):
+        for vs, v_start in _blocks(v, _ADM_BLOCK):
+            columns = slice(v_start, v_start + len(vs))
+            half = [_half_distances(part, vs) for part, _ in _blocks(us)] if distance == "adm" else []
+            overflows = not all(block.isfinite().all() for block in half)
+            for i, (part, start) in enumerate(_blocks(us)):
+                between = half[i].float() if half and not overflows else _squared_distances(part, vs)
+                yield slice(u_start + start, u_start + start + len(part)), columns, between
 
 
 def _blocks(rows: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, int]]:
@@ -141,16 +147,12 @@ def _squared_distances(u: Tensor, v: Tensor) -> Tensor:
     return products.mul_(-2).add_(u.square().sum(1)[:, None]).add_(v.square().sum(1)).clamp_(min=0)
 
 
-def _squared_distances_adm(u: Tensor, v: Tensor) -> Tensor:
-    """|u|^2 - 2 u v + |v|^2 with every intermediate result rounded to float16; float32 if one of them overflows."""
+def _half_distances(u: Tensor, v: Tensor) -> Tensor:
+    """(|u|^2 - 2 u v) + |v|^2 with every intermediate result rounded to float16."""
     u16, v16 = u.half(), v.half()
-    if u.device.type == "cuda":
-        products = u16 @ v16.T
-    else:
-        products = (u16.float() @ v16.float().T).half()
+    products = u16 @ v16.T if u.device.type == "cuda" else (u16.float() @ v16.float().T).half()
     norm_u, norm_v = (x.square().float().sum(1).half() for x in (u16, v16))
-    distances = ((norm_u[:, None] - 2 * products) + norm_v).clamp_(min=0).float()
-    return distances if distances.isfinite().all() else _squared_distances(u, v)
+    return products.mul_(-2).add_(norm_u[:, None]).add_(norm_v).clamp_(min=0)
 
 
 def kernel_distance(samples: Tensor, references: Tensor) -> float:
@@ -175,18 +177,25 @@ def kernel_distance(samples: Tensor, references: Tensor) -> float:
     return own(samples) + own(references) - 2 * kernel_sum(samples, references) / (n * m)
 
 
-def nearest_neighbours(rows: Tensor, others: Tensor, leave_out_self: bool = False) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(rows: Tensor, others: Tensor, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Distance of each row (n, D) to the nearest of others (m, D), and that one's index.
 
     Args:
-        leave_out_self: for rows that are the others: the nearest one but the row itself.
+        own: (n,) for rows that are among the others: the index of each row itself, which is left out.
     """
     distances, indices = [], []
     for part, start in _blocks(rows):
-        squared = torch.cat([_squared_distances(part, block) for block, _ in _blocks(others, _ADM_BLOCK)], 1)
-        if leave_out_self:
-            squared[torch.arange(len(part)), torch.arange(start, start + len(part))] = math.inf
-        index = squared.argmin(1)
+        best = part.new_full((len(part),), math.inf)
+        index = torch.zeros(len(part), dtype=torch.long, device=part.device)
+        for block, at in _blocks(others, _ADM_BLOCK):
+            squared = _squared_distances(part, block)
+            if own is not None:
+                itself = own[start : start + len(part)].to(part.device) - at
+                here = ((itself >= 0) & (itself < len(block))).nonzero().flatten()
+                squared[here, itself[here]] = math.inf
+            nearer, place = squared.min(1)
+            index = torch.where(nearer < best, place + at, index)
+            best = torch.minimum(best, nearer)
         distances.append((part - others[index]).double().norm(dim=1))  # exact where the difference is small
         indices.append(index)
     return torch.cat(distances), torch.cat(indices)
@@ -205,8 +214,12 @@ def boundary_ratio(columns: np.ndarray, rows: np.ndarray, patch_size: int) -> fl
 
     Args:
         columns, rows: mean gradients by place, (W - 1,) and (H - 1,).
+
+    Returns:
+        nan where there are no borders, no inside or no gradients.
     """
-    across = [places[patch_size - 1 :: patch_size] for places in (columns, rows)]
-    inside = [np.delete(places, np.s_[patch_size - 1 :: patch_size]) for places in (columns, rows)]
-    total = np.concatenate(inside).mean()
-    return float(np.concatenate(across).mean() / total) if total else math.nan
+    across = np.concatenate([places[patch_size - 1 :: patch_size] for places in (columns, rows)])
+    inside = np.concatenate([np.delete(places, np.s_[patch_size - 1 :: patch_size]) for places in (columns, rows)])
+    if not (len(across) and inside.any()):
+        return math.nan
+    return float(across.mean() / inside.mean())

@@ -45,12 +45,13 @@ class Evaluation:
         Raises:
             UserError: if it cannot be written.
         """
+        partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
             partial.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:
+            partial.unlink(missing_ok=True)
             raise UserError(f"out {path}: cannot be written ({error.strerror or error})") from error
 
 
@@ -58,7 +59,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """The table for people: value, floor, and what limits them."""
     count = evaluation.record["samples"]["count"]
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "value", "samples*", "real*"):
+    for title in ("", "value", "samples*", "real"):
         table.add_column(title, justify="right" if title else "left")
     table.add_column("better", style="dim")
     for name, value in evaluation.metrics.items():
@@ -68,8 +69,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
     if any("samples" in known for known in evaluation.floors.values()):
         console.print(
-            "* distance to one part of the real images, of as many samples and of as many other real images: compare "
-            "these two",
+            "* as many samples as real images, against the same part of the reference: compare these two columns",
             style="dim",
         )
     if near := evaluation.record.get("nearest"):
@@ -90,41 +90,63 @@ def scaled(known: dict[str, float], part: str, scale: float) -> str:
     return f"{scale * known[part]:.4g}" + (f" ± {scale * deviation:.2g}" if deviation is not None else "")
 
 
-def sample_warnings(images: ImageSet, samples: Measured, metrics: list[str], options: EvaluationOptions) -> list[str]:
+def label_warnings(images: ImageSet, metrics: list[str], options: EvaluationOptions) -> list[str]:
+    """What is wrong with the number, the classes and the order of samples, before they are measured.
+
+    Raises:
+        UserError: for classes that are not balanced, if they were required to be.
+    """
     found = []
-    count, labels = samples.count, images.labels
+    count, labels = len(images), images.labels
     if count != FULL_SIZE and {"fid", "sfid", "is", "precision", "recall"} & set(metrics):
         found.append(f"{count} samples, where papers use {FULL_SIZE}: not comparable with their numbers")
+    last = count % options.is_split
+    if "is" in metrics and count > options.is_split and 0 < last < options.is_split / 2:
+        found.append(f"the last split of the Inception Score has {last} of {options.is_split} images and counts fully")
+    if labels is None:
+        return found
+    classes, counts = np.unique(labels, return_counts=True)
+    if counts.max() - counts.min() > 1:
+        message = f"classes are not balanced: {len(classes)} classes with {counts.min()} to {counts.max()} samples each"
+        if options.require_balanced:
+            raise UserError(f"{images.name}: {message}")
+        found.append(message)
+    if len(classes) <= classes.max():
+        found.append(f"samples of {len(classes)} classes, though their ids go up to {classes.max()}")
+    sorted_by_class = len(classes) > 1 and (np.diff(labels) >= 0).all()
+    if sorted_by_class and "is" in metrics and options.is_order == "file" and count > options.is_split:
+        found.append(
+            "samples are sorted by class, and the Inception Score is a mean over consecutive splits, each of "
+            "which sees few classes: it comes out far too low; --is-order shuffled"
+        )
+    return found
+
+
+def pixel_warnings(images: ImageSet, samples: Measured, metrics: list[str], options: EvaluationOptions) -> list[str]:
+    """What is wrong with the pixels."""
+    found = []
     if samples.low == samples.high:
         found.append(f"{images.name}: all pixels have the value {samples.low}")
     elif samples.high <= 1:
         found.append(f"{images.name}: no pixel is above {samples.high}; were images in [0, 1] saved as uint8?")
-    duplicates = count - len(set(samples.digests))
-    if duplicates > 0.01 * count:
-        found.append(f"{duplicates} of {count} samples are exact duplicates of others")
-    if labels is not None:
-        counts = _class_counts(labels)
-        if counts.max() - counts.min() > 1:
-            message = (
-                f"classes are not balanced: {len(counts)} classes with {counts.min()} to {counts.max()} samples each"
-            )
-            if options.require_balanced:
-                raise UserError(f"{images.name}: {message}")
-            found.append(message)
-        sorted_by_class = len(counts) > 1 and (np.diff(labels) >= 0).all()
-        if sorted_by_class and "is" in metrics and options.is_order == "file" and count > options.is_split:
-            found.append(
-                "samples are sorted by class, and the Inception Score is a mean over consecutive splits, each of "
-                "which sees few classes: it comes out far too low; --is-order shuffled"
-            )
-    last = count % options.is_split
-    if "is" in metrics and count > options.is_split and 0 < last < options.is_split / 2:
-        found.append(f"the last split of the Inception Score has {last} of {options.is_split} images and counts fully")
+    duplicates = samples.count - len(set(samples.digests))
+    if duplicates > 0.01 * samples.count:
+        found.append(f"{duplicates} of {samples.count} samples are exact duplicates of others")
     return found
 
 
-def _class_counts(labels: np.ndarray) -> np.ndarray:
-    return np.bincount(labels.astype(np.int64))
+def made_with(images: ImageSet) -> dict[str, Any]:
+    """How images were sampled, where that is recorded with them."""
+    if isinstance(images, SampledImages):
+        return images.made_with()
+    if isinstance(images, NpzImages):
+        return images.file.made_with
+    settings = Path(images.name) / SETTINGS
+    if settings.is_file():
+        with contextlib.suppress(ValueError):  # a file of that name that is not ours
+            values = json.loads(settings.read_text(encoding="utf-8"))
+            return values if isinstance(values, dict) else {}
+    return {}
 
 
 def describe_samples(images: ImageSet, samples: Measured) -> dict[str, Any]:
@@ -134,32 +156,28 @@ def describe_samples(images: ImageSet, samples: Measured) -> dict[str, Any]:
         "height": samples.height,
         "width": samples.width,
         "pixels_sha256": samples.pixels_sha256,
+        "made_with": made_with(images),
     }
     if images.labels is not None:
-        counts = _class_counts(images.labels)
-        description["classes"] = {"min": int(counts.min()), "max": int(counts.max()), "counts": counts.tolist()}
+        classes, counts = np.unique(images.labels, return_counts=True)
+        per_class = dict(zip(map(str, classes.tolist()), counts.tolist()))
+        description["classes"] = {"min": int(counts.min()), "max": int(counts.max()), "counts": per_class}
     if isinstance(images, SampledImages):
-        description["made_with"] = images.made_with()
         description["uint8"] = "clip((x + 1) * 127.5 + 0.5, 0, 255), truncated"
-    elif isinstance(images, NpzImages):
-        description["made_with"] = images.file.made_with
-    elif (settings := Path(images.name) / SETTINGS).is_file():
-        with contextlib.suppress(json.JSONDecodeError):  # a file of that name that is not ours
-            description["made_with"] = json.loads(settings.read_text(encoding="utf-8"))
     return description
 
 
-def describe_reference(reference: Reference) -> dict[str, Any] | None:
-    if not reference.name:
-        return None
+def describe_reference(reference: Reference) -> dict[str, Any]:
     measured = reference.measured
     return {
         "name": reference.name,
         "sha256": reference.sha256,
         "images": len(reference.images) if reference.images is not None else 0,
+        "size": [reference.images.height, reference.images.width] if reference.images is not None else None,
         "images_used_singly": len(measured.chosen) if measured else 0,
         "statistics_from_file": bool(reference.statistics),
         "features_from_cache": reference.from_cache,
+        "made_with": dict(reference.made_with),
         "cropped_to_sample_size": isinstance(reference.images, SourceImages),
     }
 

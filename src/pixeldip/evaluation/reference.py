@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ as ADM's reference batches hold this many."""
 FORMAT = 1
 """Raised when the same files would give another cache entry."""
 
+STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+"""The arrays of an ADM reference file by feature."""
+
 Moments = tuple[np.ndarray, np.ndarray]
 
 
@@ -39,6 +43,7 @@ class Reference:
         images: None if the file holds statistics alone.
         statistics: moments read from the file, which then stand for all images it was made from.
         measured: what a pass over the images has found.
+        made_with: what the file says of itself, if pixeldip wrote it.
     """
 
     name: str
@@ -47,11 +52,18 @@ class Reference:
     statistics: dict[Feature, Moments] = field(default_factory=dict)
     measured: Measured | None = None
     from_cache: bool = False
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
     def moments(self, feature: Feature) -> Moments | None:
         if feature in self.statistics:
             return self.statistics[feature]
         return self.measured.moments.get(feature) if self.measured else None
+
+    def count_behind(self, feature: Feature) -> int | None:
+        """The number of images behind the moments of a feature; None if the file does not say."""
+        if feature in self.statistics:
+            return self.made_with.get("images")
+        return self.measured.count if self.measured else None
 
     def kept(self, feature: Feature) -> torch.Tensor | None:
         return self.measured.kept.get(feature) if self.measured else None
@@ -64,15 +76,13 @@ def read_statistics(file: NpzFile) -> dict[Feature, Moments]:
         UserError: if there are some, but not means and covariances of these features.
     """
     found: dict[Feature, Moments] = {}
-    for output, dim, mean_key, covariance_key in (
-        ("pool", POOL_DIM, "mu", "sigma"),
-        ("spatial", SPATIAL_DIM, "mu_s", "sigma_s"),
-    ):
+    if ("mu" in file) != ("sigma" in file):
+        missing = "sigma" if "mu" in file else "mu"
+        raise UserError(f"{file.path}: {missing} is missing; it holds {', '.join(file.keys)}")
+    for output, (mean_key, covariance_key) in STATISTICS.items():
         if mean_key not in file or covariance_key not in file:
-            if mean_key in file or covariance_key in file:
-                missing = covariance_key if mean_key in file else mean_key
-                raise UserError(f"{file.path}: {missing} is missing; it holds {', '.join(file.keys)}")
             continue
+        dim = {"pool": POOL_DIM, "spatial": SPATIAL_DIM}[output]
         mean, covariance = file.load(mean_key, (dim,)), file.load(covariance_key, (dim, dim))
         for key, array in ((mean_key, mean), (covariance_key, covariance)):
             if array.dtype.kind != "f" or not np.isfinite(array).all():
@@ -161,13 +171,14 @@ def _to_cache(path: Path, measured: Measured, extractor: Extractor, console: Con
             arrays[f"{output}.mean"], arrays[f"{output}.covariance"] = measured.moments[feature]
         if feature in measured.kept:
             arrays[f"{output}.kept"] = measured.kept[feature].numpy()
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         with partial.open("wb") as file:
             np.savez(file, **arrays)
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         console.print(f"reference features not cached in {path.parent}: {error.strerror}", style="yellow")
 
 
@@ -193,7 +204,7 @@ def _from_cache(path: Path, measured: Measured, extractor: Extractor, console: C
     return True
 
 
-def content_hash(images: ImageSet, path: str, processes: Processes) -> str:
+def content_hash(images: ImageSet | None, path: str, processes: Processes) -> str:
     """SHA-256 of a file, or of the files of a folder or dataset."""
     return processes.on_main(
         lambda: images.content_hash() if isinstance(images, SourceImages) else file_sha256(Path(path))

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from ..flow import Stream
 from ..recipe import EvaluationOptions
 from .extractors import Extractor
@@ -20,7 +19,7 @@ from .metrics import (
     nearest_neighbours,
     precision_recall,
 )
-from .reference import Reference
+from .reference import Reference, chosen_images
 from .stream import Feature, Measured
 
 NEIGHBOURS = 3
@@ -32,10 +31,11 @@ class Comparison:
     """All a metric can look at."""
 
     samples: Measured
-    reference: Reference
+    reference: Reference | None
     training: Reference | None
     extractors: dict[str, Extractor]
     options: EvaluationOptions
+    patch_size: int
     device: torch.device
 
     def pairs(self, feature: Feature) -> tuple[Tensor, Tensor]:
@@ -45,26 +45,33 @@ class Comparison:
 
     @cached_property
     def precision_recall(self) -> tuple[float, float]:
-        features = self.pairs(("inception", "pool"))
-        for name, rows in zip(("samples", "reference images"), features):
-            if len(rows) <= NEIGHBOURS:
-                raise UserError(f"precision and recall need at least {NEIGHBOURS + 1} {name}, found {len(rows)}")
-        return precision_recall(*features, NEIGHBOURS, self.options.pr_distance)
+        return precision_recall(*self.pairs(("inception", "pool")), NEIGHBOURS, self.options.pr_distance)
 
     @cached_property
-    def nearest(self) -> dict[str, float]:
-        """Distances to the nearest training image, of samples and of real images that are not in the training set."""
+    def nearest(self) -> dict[str, float | str]:
+        """Distances to the nearest training image, of samples and of real images that are not in the training set.
+
+        Where there are none, training images stand in, each compared with the others.
+        """
         feature = "efficientnet", "pool"
         train = self.training.kept(feature).to(self.device)
+        seen = set(self.training.measured.digests)
+        references = self.reference.measured
+        unseen = [i for i, image in enumerate(references.chosen) if references.digests[image] not in seen]
+        if len(unseen) >= max(2, len(references.chosen) // 2):
+            real, _ = nearest_neighbours(references.kept[feature][unseen].to(self.device), train)
+            meaning = "reference images"
+        else:
+            own = torch.from_numpy(chosen_images(len(train)))
+            real, _ = nearest_neighbours(train[own.to(self.device)], train, own)
+            meaning = "training images, each against the others"
         samples, _ = nearest_neighbours(self.samples.kept[feature].to(self.device), train)
-        same = self.training.sha256 == self.reference.sha256
-        real, _ = nearest_neighbours(train if same else self.reference.kept(feature).to(self.device), train, same)
-        threshold = real.quantile(0.01)
+        copies = (samples < real.quantile(0.01)) | (samples == 0)
         return {
             "nearest": samples.median().item(),
             "real": real.median().item(),
-            "closer_than_99_percent_of_real": (samples < threshold).double().mean().item(),
-            "real_is": "training images, each against the others" if same else "reference images",
+            "closer_than_99_percent_of_real": copies.double().mean().item(),
+            "real_is": meaning,
         }
 
 
@@ -132,9 +139,7 @@ METRICS: dict[str, Metric] = {
     "is": Metric(
         "Inception Score",
         "inception",
-        lambda c: inception_score(_in_order(c), c.extractors["inception"].classifier.to(c.device), c.options.is_split)[
-            0
-        ],
+        lambda c: inception_score(_in_order(c), c.extractors["inception"].classifier.to(c.device), c.options.is_split),
         "higher",
     ),
     "precision": Metric("Precision", "inception", lambda c: c.precision_recall[0], "higher", kept=_POOL),
@@ -148,7 +153,7 @@ METRICS: dict[str, Metric] = {
     "boundary": Metric(
         "Patch boundary ratio",
         None,
-        lambda c: boundary_ratio(c.samples.columns, c.samples.rows, c.options.patch_size),
+        lambda c: boundary_ratio(c.samples.columns, c.samples.rows, c.patch_size),
         "as real",
     ),
     "nearest": Metric(
@@ -179,12 +184,12 @@ def floor(name: str, c: Comparison) -> dict[str, float] | None:
     """
     metric = METRICS[name]
     if name == "boundary":
-        measured = c.reference.measured
-        return {"real": boundary_ratio(measured.columns, measured.rows, c.options.patch_size)} if measured else None
+        real = c.reference and c.reference.measured
+        return {"real": boundary_ratio(real.columns, real.rows, c.patch_size)} if real else None
     if name == "nearest":
         return {"real": c.nearest["real"]}
     feature = metric.kept or metric.moments
-    rows = c.reference.kept(feature) if metric.pairwise else None
+    rows = c.reference.kept(feature) if c.reference and metric.pairwise else None
     if rows is None or len(rows) < 4:
         return None
     ours = c.samples.kept[feature]

@@ -1,35 +1,42 @@
 """An evaluation from beginning to end: check, measure, compare, record."""
 
+import contextlib
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
-from ..data import NpzFile
+from ..data import NpzFile, NpzImages
 from ..errors import UserError
 from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
 from ..recipe import EvaluationOptions
+from ..sampling import ImageWriter
 from ..terminal import Advance, image_progress
 from .extractors import Extractor, load_extractor
-from .image_sets import ImageSet, open_images
+from .image_sets import ImageSet, SourceImages, open_images
 from .record import (
     FULL_REFERENCES,
     Evaluation,
     describe_reference,
     describe_samples,
+    label_warnings,
+    made_with,
     peak_memory_mib,
+    pixel_warnings,
     print_evaluation,
-    sample_warnings,
 )
-from .reference import Reference, content_hash, measure_reference, read_statistics
-from .registry import DEFAULT, METRICS, Comparison, floor, label
+from .reference import STATISTICS, Reference, content_hash, measure_reference, read_statistics
+from .registry import DEFAULT, METRICS, NEIGHBOURS, Comparison, floor, label
 from .stream import Measured, measure
+
+PATCH_SIZE = 16
 
 
 class Evaluator:
@@ -39,6 +46,7 @@ class Evaluator:
         options: what is measured, against what.
         height, width: of the samples.
         processes: of the command; all of them must make the same calls.
+        own_images: stand for the reference, and for the training images, where the options name none.
 
     Raises:
         UserError: if a metric has no such name or cannot be had with this reference, weights are missing, or
@@ -52,84 +60,108 @@ class Evaluator:
         width: int,
         processes: Processes,
         console: Console | None = None,
+        own_images: SourceImages | None = None,
     ):
-        self.options, self.processes = options, processes
+        self.options, self.processes, self.own_images = options, processes, own_images
         self.console = console or Console(quiet=not processes.is_main)
+        self.height, self.width = height, width
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
-        self.height, self.width = height, width
-        self.metrics = _known_metrics(options.metrics)
         began = time.perf_counter()
-        if options.reference:
-            self.reference, has_stats = self._open(options.reference, options.reference_split)
-        elif any(METRICS[name].compares for name in self.metrics):
-            raise UserError("--reference is missing: give an ADM reference .npz, or a folder or dataset of real images")
-        else:
-            self.reference, has_stats = Reference("", "", None), False
-        self._check_available(has_stats)
-        self.training = self._open_training()
+        self.metrics = _known_metrics(options.metrics)
+        self.reference = self._open(options.reference, options.reference_split, "reference")
+        self._check_available()
+        self.training = self._open(options.train_images, options.train_split, "training images", "nearest")
+        self._check_shape()
         names = dict.fromkeys(METRICS[m].extractor for m in self.metrics if METRICS[m].extractor)
         self.extractors: dict[str, Extractor] = {name: self._load(name) for name in names}
         self.warnings += [w for e in self.extractors.values() for w in e.warnings]
         with image_progress(self.console) as start_pass:
-            self._measure_images(self.reference, self._needed_of_reference(), False, start_pass, "Reference")
+            if self.reference:
+                self._measure(self.reference, self._needed_of_reference(), False, start_pass)
             if self.training:
-                self._measure_images(self.training, ["efficientnet"], True, start_pass, "Training images")
-        self._check_references()
+                self._measure(self.training, ["efficientnet"], True, start_pass)
+        self._check_reference()
         self.seconds["reference"] = time.perf_counter() - began
 
-    def _open(self, name: str, split: str) -> tuple[Reference, bool]:
-        """A reference whose images are not read yet, and whether its statistics came with it."""
-        options = self.options
+    def _open(self, name: str, split: str, role: str, only_for: str | None = None) -> Reference | None:
+        """Real images, not read yet, or their statistics; None where no metric asks for them."""
+        if only_for and only_for not in self.metrics:
+            return None
+        options, size = self.options, (self.height, self.width)
+        if not name:
+            if self.own_images is not None:
+                return self._reference(role, self.own_images)
+            if only_for:
+                raise UserError(f"{only_for} measures the distance to the training images: name them, --train-images")
+            if any(METRICS[metric].compares for metric in self.metrics):
+                raise UserError("--reference is missing: give an ADM reference .npz, or real images (folder, dataset)")
+            return None
         if Path(name).suffix != ".npz":
-            images = open_images(name, split, (self.height, self.width), options.allow_resolution_mismatch)
-            return Reference(name, content_hash(images, name, self.processes), images), False
+            return self._reference(role, open_images(name, split, size, options.allow_resolution_mismatch))
         file = NpzFile(name)
         if options.verify:
-            self.processes.on_main(file.verify)
+            self._verify(file)
         statistics = read_statistics(file)
-        images = file.images() if "arr_0" in file else None
-        if images is None and not statistics:
-            raise UserError(
-                f"{name}: neither images (arr_0) nor statistics (mu, sigma); it holds {', '.join(file.keys)}"
-            )
-        if images is not None and (images.height, images.width) != (self.height, self.width):
+        if "arr_0" in file:
+            reference = self._reference(role, file.images())
+        elif statistics and not only_for:
+            reference = Reference(name, content_hash(None, name, self.processes), None)
+        else:
+            needed = "images (arr_0)" + ("" if only_for else " or statistics (mu, sigma)")
+            raise UserError(f"{role} {name}: no {needed} in it; it holds {', '.join(file.keys)}")
+        reference.statistics, reference.made_with = statistics, file.made_with
+        return reference
+
+    def _reference(self, role: str, images: SourceImages | NpzImages) -> Reference:
+        if len(images) < 2:
+            raise UserError(f"{role} {images.name}: {len(images)} image; a comparison needs at least two")
+        if (images.height, images.width) != (self.height, self.width):
             message = (
-                f"reference {name} holds {images.height}x{images.width} images, the samples are "
+                f"{role} {images.name}: images of {images.height}x{images.width}, the samples are "
                 f"{self.height}x{self.width}"
             )
-            if not options.allow_resolution_mismatch:
+            if not self.options.allow_resolution_mismatch:
                 raise UserError(f"{message}; --allow-resolution-mismatch compares them all the same")
             self.warnings.append(message)
-        sha256 = content_hash(images, name, self.processes)
-        return Reference(name, sha256, images, statistics), bool(statistics)
+        return Reference(images.name, content_hash(images, images.name, self.processes), images)
 
-    def _open_training(self) -> Reference | None:
-        if "nearest" not in self.metrics:
-            return None
-        if not self.options.train_images:
-            raise UserError("nearest measures the distance to the training images: name them with --train-images")
-        return self._open(self.options.train_images, self.options.train_split)[0]
+    def _verify(self, file: NpzFile) -> None:
+        with self.console.status(f"comparing the checksums of {file.path}"):
+            self.processes.on_main(file.verify)
 
-    def _check_available(self, has_stats: bool) -> None:
+    def _check_available(self) -> None:
         """Leaves out, or if they were asked for by name refuses, metrics the reference cannot give."""
-        reference, lacking = self.reference, {}
+        reference = self.reference
+        if reference is None:
+            return
+        lacking = {}
         for name in self.metrics:
             metric = METRICS[name]
-            if has_stats and metric.extractor == "inception" and metric.moments:
+            if reference.statistics and metric.extractor == "inception" and metric.moments:
                 if metric.moments not in reference.statistics:
-                    lacking[name] = "mu_s, sigma_s"
-            elif reference.images is None and (metric.kept or metric.moments):
+                    lacking[name] = ", ".join(STATISTICS[metric.moments[1]])
+            elif metric.compares and reference.images is None:
                 lacking[name] = "images (arr_0)"
-        if not lacking:
-            return
-        keys = ", ".join(NpzFile(reference.name).keys)
+            elif name in ("precision", "recall") and len(reference.images) <= NEIGHBOURS:
+                raise UserError(
+                    f"{name} needs at least {NEIGHBOURS + 1} reference images, {reference.name} has "
+                    f"{len(reference.images)}"
+                )
         for name, needs in lacking.items():
-            message = f"{name} is not available: reference {reference.name} has no {needs}; it holds {keys}"
+            message = f"{name} is not available: reference {reference.name} has no {needs}"
             if self.options.metrics:
-                raise UserError(message)
+                raise UserError(f"{message}; it holds {', '.join(NpzFile(reference.name).keys)}")
             self.warnings.append(message)
         self.metrics = [name for name in self.metrics if name not in lacking]
+
+    def _check_shape(self) -> None:
+        extractors = {METRICS[name].extractor for name in self.metrics} - {None}
+        if self.height != self.width and extractors:
+            message = f"samples of {self.height}x{self.width} are squeezed into the squares that the networks see"
+            if not self.options.allow_resolution_mismatch:
+                raise UserError(f"{message}; --allow-resolution-mismatch measures them all the same")
+            self.warnings.append(message)
 
     def _load(self, name: str) -> Extractor:
         def load() -> Extractor:
@@ -141,20 +173,16 @@ class Evaluator:
 
     def _needed_of_reference(self) -> list[str]:
         """The extractors that must see the reference images: those whose statistics did not come with the file."""
-        return list(
-            dict.fromkeys(
-                metric.extractor
-                for metric in (METRICS[name] for name in self.metrics)
-                if metric.extractor
-                and (metric.kept or (metric.moments and metric.moments not in self.reference.statistics))
-            )
-        )
+        metrics = [METRICS[name] for name in self.metrics]
+        read = [m for m in metrics if m.kept or (m.moments and m.moments not in self.reference.statistics)]
+        return list(dict.fromkeys(metric.extractor for metric in read))
 
-    def _measure_images(
-        self, reference: Reference, names: list[str], keep_all: bool, start: Callable[[str, int], Advance], title: str
+    def _measure(
+        self, reference: Reference, names: list[str], keep_all: bool, start: Callable[[str, int], Advance]
     ) -> None:
         if reference.images is None or not (names or "boundary" in self.metrics):
             return
+        title = f"Real images, {reference.name}"
         measure_reference(
             reference,
             [self.extractors[name] for name in names],
@@ -166,10 +194,22 @@ class Evaluator:
             self.console,
         )
         if reference.from_cache:
-            self.console.print(f"{title}: features of {len(reference.images)} images from the cache", highlight=False)
+            self.console.print(f"{title}: features of {len(reference.images)} from the cache", highlight=False)
 
-    def _check_references(self) -> None:
-        measured = self.reference.measured
+    def _check_reference(self) -> None:
+        reference = self.reference
+        if reference is None:
+            return
+        inception = self.extractors.get("inception")
+        theirs = reference.made_with.get("inception", {}).get("sha256")
+        if inception and reference.statistics and theirs and theirs != inception.weights["sha256"]:
+            self.warnings.append(f"{reference.name} was made with other Inception weights, SHA-256 {theirs}")
+        for name in self.metrics:
+            feature = METRICS[name].moments
+            count = reference.count_behind(feature) if feature else None
+            if count is not None and count <= self._dim(feature):
+                self.warnings.append(_singular(name, f"{count} reference images", self._dim(feature)))
+        measured = reference.measured
         if measured is None:
             return
         kept = len(measured.chosen)
@@ -181,85 +221,107 @@ class Evaluator:
                 "where metrics look at single images"
             )
 
-    def evaluate(self, images: ImageSet, save: Callable[[np.ndarray], None] | None = None) -> Evaluation:
+    def _dim(self, feature: tuple[str, str]) -> int:
+        return self.extractors[feature[0]].outputs[feature[1]]
+
+    def evaluate(self, images: ImageSet, writer: ImageWriter | None = None) -> Evaluation:
         """Measures samples of the size given to the constructor.
 
         Args:
-            save: given all images in order, in the main process.
+            writer: gets all images in order, in the main process, and is closed before the numbers are computed.
 
         Raises:
             UserError: in every process.
         """
         began = time.perf_counter()
-        if len(images) < 2:
-            raise UserError(f"{images.name}: {len(images)} image; a covariance needs at least two")
-        with image_progress(self.console) as start_pass:
+        warnings = list(self.warnings)
+        needed = NEIGHBOURS + 1 if {"precision", "recall"} & set(self.metrics) else 2
+        if len(images) < needed:
+            raise UserError(f"{images.name}: {len(images)} samples; these metrics need at least {needed} samples")
+        warnings += label_warnings(images, self.metrics, self.options)
+        patch_size = self.options.patch_size or made_with(images).get("patch_size") or PATCH_SIZE
+        if "boundary" in self.metrics and patch_size >= max(self.height, self.width):
+            size = f"{self.height}x{self.width}"
+            raise UserError(f"boundary: {size} images show no borders of patches of {patch_size}; give --patch-size")
+        with contextlib.ExitStack() as stack:
+            if writer:
+                self.processes.on_main(lambda: bool(stack.enter_context(writer)))
             samples = measure(
                 images,
                 list(self.extractors.values()),
                 self.processes,
                 self.options.evaluation_batch_size,
-                advance=start_pass("Samples", len(images)),
-                save=save,
+                advance=stack.enter_context(image_progress(self.console))("Samples", len(images)),
+                save=writer and writer.add,
             )
-        seconds = {**self.seconds, **{f"samples, {k}": v for k, v in samples.seconds.items()}}
-        return self.processes.on_main(lambda: self._compare(images, samples, seconds, began))
+        return self.processes.on_main(lambda: self._compare(images, samples, patch_size, warnings, began))
 
-    def _compare(self, images: ImageSet, samples: Measured, seconds: dict[str, float], began: float) -> Evaluation:
-        warnings = self.warnings + sample_warnings(images, samples, self.metrics, self.options)
-        reference = self.reference
-        if reference.measured and reference.measured.pixels_sha256 == samples.pixels_sha256:
+    def _compare(
+        self, images: ImageSet, samples: Measured, patch_size: int, warnings: list[str], began: float
+    ) -> Evaluation:
+        warnings += pixel_warnings(images, samples, self.metrics, self.options)
+        if self.reference and self._same_images(images, samples):
             warnings.append("the samples and the reference are the same images")
-        for m in self.metrics:
-            feature = METRICS[m].moments
-            dim = feature and self.extractors[feature[0]].outputs[feature[1]]
-            if dim and samples.count <= dim:
-                warnings.append(
-                    f"{m}: {samples.count} samples for {dim} features, the covariance is singular: "
-                    "compare only with numbers from as many samples"
-                )
+        for name in self.metrics:
+            feature = METRICS[name].moments
+            if feature and samples.count <= self._dim(feature):
+                warnings.append(_singular(name, f"{samples.count} samples", self._dim(feature)))
         device = self.processes.device if self.processes.device.type == "cuda" else torch.device("cpu")
-        comparison = Comparison(samples, reference, self.training, self.extractors, self.options, device)
+        comparison = Comparison(
+            samples, self.reference, self.training, self.extractors, self.options, patch_size, device
+        )
         values, floors = {}, {}
-        for m in self.metrics:
-            with self.console.status(f"computing {label(m, samples.count)}"), exact_matmuls():
+        seconds = {**self.seconds, **{f"samples, {name}": value for name, value in samples.seconds.items()}}
+        for name in self.metrics:
+            with self.console.status(f"computing {label(name, samples.count)}"), exact_matmuls():
                 start = time.perf_counter()
-                values[m] = METRICS[m].compute(comparison)
-                if (real := floor(m, comparison)) is not None:
-                    floors[m] = real
-                seconds[m] = time.perf_counter() - start
+                value, real = METRICS[name].compute(comparison), floor(name, comparison)
+                seconds[name] = time.perf_counter() - start
+            if math.isnan(value):
+                warnings.append(f"{name} is not defined for these images")
+                continue
+            values[name] = value
+            if real and not any(map(math.isnan, real.values())):
+                floors[name] = real
         seconds["all"] = time.perf_counter() - began + self.seconds["reference"]
         record = {
             "metrics": values,
             "floors": floors,
             **({"nearest": comparison.nearest} if "nearest" in values else {}),
-            "labels": {m: label(m, samples.count) for m in values},
+            "labels": {name: label(name, samples.count) for name in values},
             "warnings": warnings,
             "samples": describe_samples(images, samples),
-            "reference": describe_reference(reference),
+            "reference": self.reference and describe_reference(self.reference),
             **({"training_images": describe_reference(self.training)} if self.training else {}),
-            "options": _plain_options(self.options),
-            "extractors": {n: {**e.weights, "version": e.version} for n, e in self.extractors.items()},
+            "options": {**_plain_options(self.options), "patch_size": patch_size, "neighbours": NEIGHBOURS},
+            "extractors": {name: {**e.weights, "version": e.version} for name, e in self.extractors.items()},
             "environment": environment(self.processes),
-            "seconds": {key: round(value, 3) for key, value in seconds.items()},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "peak_memory_mib": peak_memory_mib(),
         }
         return Evaluation(values, floors, warnings, record)
+
+    def _same_images(self, images: ImageSet, samples: Measured) -> bool:
+        paths = images.name, self.reference.name
+        if all(map(os.path.exists, paths)) and os.path.samefile(*paths):
+            return True
+        measured = self.reference.measured
+        return measured is not None and measured.pixels_sha256 == samples.pixels_sha256
 
 
 def evaluate(
     samples: str | Path | ImageSet,
     options: EvaluationOptions,
     processes: Processes | None = None,
-    save: Callable[[np.ndarray], None] | None = None,
+    writer: ImageWriter | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Measures samples against a reference.
+    """Measures samples against a reference and prints the table.
 
     Args:
         samples: an image folder or an ADM `.npz`; or any `ImageSet`, for instance `SampledImages` of a model.
         processes: of the command; None: this one, on the device that is there.
-        save: given the images in order.
+        writer: gets the images in order.
 
     Raises:
         UserError: for every mistake in the arguments or files, as early as it can be seen.
@@ -271,7 +333,7 @@ def evaluate(
     evaluator = Evaluator(options, samples.height, samples.width, processes, console)
     if label_mistake:
         evaluator.warnings.append(label_mistake)
-    evaluation = evaluator.evaluate(samples, save)
+    evaluation = evaluator.evaluate(samples, writer)
     if processes.is_main:
         print_evaluation(evaluation, evaluator.console)
     return evaluation
@@ -297,6 +359,10 @@ def _known_metrics(names: tuple[str, ...]) -> list[str]:
         if name not in METRICS:
             raise UserError(f"no metric {name!r}; there are {', '.join(METRICS)}")
     return list(dict.fromkeys(names or DEFAULT))
+
+
+def _singular(metric: str, images: str, dim: int) -> str:
+    return f"{metric}: {images} for {dim} features, the covariance is singular: compare only like with like"
 
 
 def _plain_options(options: EvaluationOptions) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from typing import Any
 
 from rich.console import Console
 
+from ..data import Source
 from ..evaluation import Evaluation, Evaluator
+from ..evaluation.image_sets import SourceImages
 from ..model import DiP
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision
@@ -20,19 +22,13 @@ class TrainingMetrics:
         UserError: before the first step, if a metric cannot be had: see `Evaluator`.
     """
 
-    def __init__(self, recipe: Recipe, patch_size: int, processes: Processes, console: Console):
-        section, data = recipe.evaluation, recipe.data
-        self.section = dataclasses.replace(
-            section,
-            patch_size=patch_size,
-            reference=section.reference or data.source,
-            reference_split=section.reference_split if section.reference else data.split,
-            train_images=section.train_images or data.source,
-            train_split=section.train_split if section.train_images else data.split,
-        )
+    def __init__(self, recipe: Recipe, source: Source, patch_size: int, processes: Processes, console: Console):
+        section, size = recipe.evaluation, image_size(recipe.data)
+        self.section = dataclasses.replace(section, patch_size=section.patch_size or patch_size)
         self.precision = choose_precision(recipe.training.precision, processes.device)
         quiet = console if console.is_terminal else Console(quiet=True)
-        self.evaluator = Evaluator(self.section, *image_size(data), processes, quiet)
+        own_images = SourceImages(source, recipe.data.source, size, allow_enlarging=True, skip_broken=True)
+        self.evaluator = Evaluator(self.section, *size, processes, quiet, own_images)
         for warning in self.evaluator.warnings:
             console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 

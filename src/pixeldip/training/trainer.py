@@ -83,7 +83,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         introduce(console, recipe, model, source, processes, first_step)
         metrics = None
         if recipe.evaluation.every:
-            metrics = TrainingMetrics(recipe, model.config.patch_size, processes, console)
+            metrics = TrainingMetrics(recipe, source, model.config.patch_size, processes, console)
         return _loop(recipe, run, model, ema, optimizer, images, metrics, processes, first_step, console)
     finally:
         stop_processes()
