@@ -29,10 +29,10 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: if no file can be written there.
     """
-    probe = path.with_name(f".{path.name}.probe")
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+        probe = path.with_name(f".{path.name}.probe")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
