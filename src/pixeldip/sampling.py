@@ -196,8 +196,8 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
         advance = stack.enter_context(image_progress(console))("Sampling", len(images))
         for first in range(0, len(starts), processes.world_size):
             own = starts[first + processes.rank : first + processes.rank + 1]
-            batches = min(processes.world_size, len(starts) - first)
-            share = batches * batch_size / max(1, images.settings.steps)
+            until = min(starts[first] + processes.world_size * batch_size, len(images))
+            share = (until - starts[first]) / images.settings.steps
 
             def read(own: range = own, share: float = share) -> np.ndarray | None:
                 return images.read(own[0], own[0] + batch_size, lambda _: advance(share)) if own else None
