@@ -1,12 +1,15 @@
 """`pixeldip evaluate` from files and models to numbers, warnings and refusals."""
 
 import dataclasses
+import functools
 import hashlib
+import http.server
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
 from pixeldip.data import NpzFile, NpzWriter
-from pixeldip.evaluation import METRICS
+from pixeldip.evaluation import METRICS, extractors
 from pixeldip.evaluation.inception import POOL_DIM, SPATIAL_DIM, Inception
 
 from ..conftest import opened_up
@@ -388,7 +391,7 @@ def test_labels_of_a_few_classes_and_wild_labels(tmp_path: Path) -> None:
 
 
 def test_statistics_of_other_weights_and_of_few_images(tmp_path: Path, seeded_weights: Path) -> None:
-    made_with = {"inception": {"sha256": "another"}, "images": 8}
+    made_with = {"inception": {"sha256": "another"}, "images": 8}  # as `evaluate reference` records it
     with NpzWriter(tmp_path / "reference.npz", len(GOOD), 32, 32, made_with) as writer:
         writer.add(GOOD)
         writer.finish(**statistics(sigma_s=None))
@@ -514,6 +517,33 @@ def test_missing_weights_say_what_to_fetch(
     place.write_bytes(b"half of it")
     assert main(["evaluate", path, "--reference", path]) == 2
     assert "10 bytes, SHA-256" in capsys.readouterr().err and place.exists()
+
+
+def test_missing_weights_are_fetched_and_checked(
+    tmp_path: Path, seeded_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole way, from a server on this machine, with the seeded file as the published one."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=str(seeded_weights.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{seeded_weights.name}"
+        monkeypatch.setattr(extractors, "INCEPTION_URL", url)
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        with pytest.raises(UserError, match=r"could not be fetched \(invalid hash value"):
+            extractors.load_extractor("inception", torch.device("cpu"))
+        assert not list(tmp_path.rglob("*.pth*"))
+        digest = extractors.file_sha256(seeded_weights)
+        monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
+        loaded = extractors.load_extractor("inception", torch.device("cpu"))
+        server.shutdown()
+    assert loaded.weights == {"file": extractors.INCEPTION_FILE, "sha256": digest, "published": True}
+    assert (tmp_path / "hub" / "checkpoints" / extractors.INCEPTION_FILE).is_file() and not loaded.warnings
 
 
 def test_weights_of_another_network(tmp_path: Path, seeded_weights: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..recipe import DataSection, image_size
 from .order import EpochOrder, PositionSampler, is_flipped
 from .sources import Source
-from .transforms import BrokenImage, centre_crop, decode
+from .transforms import BrokenImage, centre_crop
 
 MEMORY_LIMIT = 2**30
 
@@ -82,14 +82,8 @@ class TrainingImages(Dataset):
         self._memory, self._labels = memory, labels
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
-        try:
-            data, label, name = self.source.read(index)
-        except OSError as error:
-            raise BrokenImage(f"row {index}: {error.strerror or error}") from error
-        try:
-            return centre_crop(decode(data), *self.size), label
-        except BrokenImage as error:
-            raise BrokenImage(f"{name}: {error}") from error
+        picture, label, _ = self.source.picture(index)
+        return centre_crop(picture, *self.size), label
 
     def _load(self, index: int) -> tuple[np.ndarray, int]:
         if self._memory is None or self._labels is None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..errors import UserError
 from ..recipe import DataSection
+from .transforms import BrokenImage, decode
 
 BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -40,6 +42,21 @@ class Source:
         name = image.get("path") or row.get("__key__") or f"row {index}"
         data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
         return data, (int(row[self.label_column]) if self.label_column else 0), name
+
+    def picture(self, index: int) -> tuple[Image.Image, int, str]:
+        """(upright RGB picture, class id, name for messages) of a row.
+
+        Raises:
+            BrokenImage: naming the row, if it cannot be read.
+        """
+        try:
+            data, label, name = self.read(index)
+        except OSError as error:
+            raise BrokenImage(f"row {index}: {error.strerror or error}") from error
+        try:
+            return decode(data), label, name
+        except BrokenImage as error:
+            raise BrokenImage(f"{name}: {error}") from error
 
     def labels(self) -> np.ndarray | None:
         """The class ids of all rows, (n,); None for a source without classes."""

@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
-from ..data import BrokenImage, Source, centre_crop, decode, open_source
+from ..data import BrokenImage, Source, centre_crop, open_source
 from ..errors import UserError
 from ..recipe import DataSection
 
@@ -80,7 +79,7 @@ class SourceImages:
     def _picture(self, index: int) -> np.ndarray:
         for attempt in range(len(self) if self.skip_broken else 1):
             try:
-                picture, name = self._decoded((index + attempt) % len(self))
+                picture, _, name = self.source.picture((index + attempt) % len(self))
                 break
             except BrokenImage as error:
                 why = str(error)
@@ -100,16 +99,6 @@ class SourceImages:
                 f"{self.height}x{self.width}: samples must all have one size"
             )
         return pixels
-
-    def _decoded(self, index: int) -> tuple[Image.Image, str]:
-        try:
-            data, _, name = self.source.read(index)
-        except OSError as error:
-            raise BrokenImage(f"row {index}: {error.strerror or error}") from error
-        try:
-            return decode(data), name
-        except BrokenImage as error:
-            raise BrokenImage(f"{name}: {error}") from error
 
     def content_hash(self) -> str:
         """SHA-256 of the files' bytes, one after the other."""

@@ -122,7 +122,7 @@ def label_warnings(images: ImageSet, metrics: list[str], options: EvaluationOpti
     return found
 
 
-def pixel_warnings(images: ImageSet, samples: Measured, metrics: list[str], options: EvaluationOptions) -> list[str]:
+def pixel_warnings(images: ImageSet, samples: Measured) -> list[str]:
     """What is wrong with the pixels."""
     found = []
     if samples.low == samples.high:

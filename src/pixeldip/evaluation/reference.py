@@ -62,8 +62,14 @@ class Reference:
     def count_behind(self, feature: Feature) -> int | None:
         """The number of images behind the moments of a feature; None if the file does not say."""
         if feature in self.statistics:
-            return self.made_with.get("images")
+            images = self.made_with.get("images")
+            return images if isinstance(images, int) else None
         return self.measured.count if self.measured else None
+
+    def weights_behind(self) -> str | None:
+        """SHA-256 of the Inception weights of the statistics, if the file says."""
+        weights = self.made_with.get("inception")
+        return weights.get("sha256") if isinstance(weights, dict) else None
 
     def kept(self, feature: Feature) -> torch.Tensor | None:
         return self.measured.kept.get(feature) if self.measured else None

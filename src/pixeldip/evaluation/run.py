@@ -201,7 +201,7 @@ class Evaluator:
         if reference is None:
             return
         inception = self.extractors.get("inception")
-        theirs = reference.made_with.get("inception", {}).get("sha256")
+        theirs = reference.weights_behind()
         if inception and reference.statistics and theirs and theirs != inception.weights["sha256"]:
             self.warnings.append(f"{reference.name} was made with other Inception weights, SHA-256 {theirs}")
         for name in self.metrics:
@@ -239,7 +239,8 @@ class Evaluator:
         if len(images) < needed:
             raise UserError(f"{images.name}: {len(images)} samples; these metrics need at least {needed} samples")
         warnings += label_warnings(images, self.metrics, self.options)
-        patch_size = self.options.patch_size or made_with(images).get("patch_size") or PATCH_SIZE
+        recorded = made_with(images).get("patch_size")
+        patch_size = self.options.patch_size or (recorded if isinstance(recorded, int) else PATCH_SIZE)
         if "boundary" in self.metrics and patch_size >= max(self.height, self.width):
             size = f"{self.height}x{self.width}"
             raise UserError(f"boundary: {size} images show no borders of patches of {patch_size}; give --patch-size")
@@ -259,7 +260,7 @@ class Evaluator:
     def _compare(
         self, images: ImageSet, samples: Measured, patch_size: int, warnings: list[str], began: float
     ) -> Evaluation:
-        warnings += pixel_warnings(images, samples, self.metrics, self.options)
+        warnings += pixel_warnings(images, samples)
         if self.reference and self._same_images(images, samples):
             warnings.append("the samples and the reference are the same images")
         for name in self.metrics:
@@ -327,15 +328,17 @@ def evaluate(
         UserError: for every mistake in the arguments or files, as early as it can be seen.
     """
     processes = processes or Processes(0, 1, choose_device("auto"))
+    console = console or Console(quiet=not processes.is_main)
     label_mistake = None
     if isinstance(samples, str | Path):
-        samples, label_mistake = open_samples(str(samples), options, processes)
+        with console.status(f"opening {samples}"):
+            samples, label_mistake = open_samples(str(samples), options, processes)
     evaluator = Evaluator(options, samples.height, samples.width, processes, console)
     if label_mistake:
         evaluator.warnings.append(label_mistake)
     evaluation = evaluator.evaluate(samples, writer)
     if processes.is_main:
-        print_evaluation(evaluation, evaluator.console)
+        print_evaluation(evaluation, console)
     return evaluation
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .. import __version__
-from ..data import centre_crop, decode, open_source
+from ..data import centre_crop, open_source
 from ..images import display_scale, grid
 from ..model import DiP
 from ..recipe import Recipe, image_size
@@ -100,9 +100,9 @@ def _pictures_by_class(recipe: Recipe, split: str) -> dict[str, list[Image.Image
     source = open_source(dataclasses.replace(recipe.data, split=split))
     pictures: dict[str, list[Image.Image]] = {name: [] for name in source.class_names}
     for i in range(len(source)):
-        data, label, _ = source.read(i)
-        picture = Image.fromarray(centre_crop(decode(data), *image_size(recipe.data)))
-        pictures[source.class_names[label]].append(picture)
+        picture, label, _ = source.picture(i)
+        cropped = centre_crop(picture, *image_size(recipe.data))
+        pictures[source.class_names[label]].append(Image.fromarray(cropped))
     return pictures
 
 
