@@ -553,6 +553,7 @@ def test_weights_of_another_network(tmp_path: Path, seeded_weights: Path, capsys
         "lacking": {k: v for k, v in state.items() if k != "fc.bias"},
         "shape": {**state, "fc.bias": torch.zeros(1000)},
         "numbers": {0: torch.zeros(3)},
+        "nan": {**state, "Conv2d_1a_3x3.bn.bias": torch.full((32,), math.nan)},
     }
     for name, tensors in wrong.items():
         torch.save(tensors, tmp_path / f"{name}.pth")
@@ -565,6 +566,7 @@ def test_weights_of_another_network(tmp_path: Path, seeded_weights: Path, capsys
         "numbers": "expected a dictionary of tensors by name",
         "text": "not a file of tensors, or a damaged one",
         "none": "no such file",
+        "nan": "6 of 6 images have inception features that are not finite, the first is image 0",
     }.items():
         arguments = ["--reference", path, "--inception-weights", str(tmp_path / f"{name}.pth")]
         assert main(["evaluate", path, *arguments]) == 2

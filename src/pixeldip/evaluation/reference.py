@@ -1,8 +1,5 @@
-"""What samples are compared with: statistics from a file, features of real images, and a cache of these."""
+"""What samples are compared with: statistics from a file, features of real images."""
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,23 +9,22 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ..data import NpzFile, NpzWriter
+from ..data import NpzFile, NpzImages, NpzWriter
 from ..errors import UserError
 from ..flow import Stream
 from ..processes import Processes
 from ..provenance import made_by
+from ..recipe import EvaluationOptions
 from ..terminal import Advance
+from .cache import cache_entry, load_entry, save_entry
 from .extractors import Extractor, file_sha256
-from .image_sets import ImageSet, SourceImages
+from .image_sets import ImageSet, SourceImages, open_images
 from .inception import POOL_DIM, SPATIAL_DIM
 from .stream import Feature, Measured, measure
 
 KEPT_IMAGES = 10_000
 """Of a larger folder or dataset, a seeded choice of this many stands for it where metrics look at single images,
 as ADM's reference batches hold this many."""
-FORMAT = 1
-"""Raised when the same files would give another cache entry."""
-
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """The arrays of an ADM reference file by feature."""
 
@@ -126,11 +122,11 @@ def measure_reference(
     images = reference.images
     keep_all = keep_all or not isinstance(images, SourceImages)
     chosen = np.arange(len(images)) if keep_all else chosen_images(len(images))
-    paths = {e.name: _cache_path(reference, e, len(chosen)) for e in extractors}
+    entries = {e.name: cache_entry(reference.sha256, images, e, len(chosen)) for e in extractors}
     measured = Measured(len(images), images.height, images.width, chosen=chosen)
     missing: list[Extractor] = []
     for extractor in extractors:
-        found = processes.on_main(lambda e=extractor: use_cache and _from_cache(paths[e.name], measured, e, console))
+        found = processes.on_main(lambda e=extractor: use_cache and load_entry(entries[e.name], measured, e, console))
         if not found:
             missing.append(extractor)
     if missing or not extractors:
@@ -138,76 +134,47 @@ def measure_reference(
         if processes.is_main:
             for extractor in missing:
                 if use_cache:
-                    _to_cache(paths[extractor.name], fresh, extractor, console)
+                    save_entry(entries[extractor.name], fresh, extractor, console)
             fresh.moments |= measured.moments
             fresh.kept |= measured.kept
             measured = fresh
     reference.measured, reference.from_cache = measured, bool(extractors) and not missing
 
 
-def _cache_path(reference: Reference, extractor: Extractor, kept: int) -> Path:
-    images = reference.images
-    key = {
-        "format": FORMAT,
-        "images": reference.sha256,
-        "size": [images.height, images.width],
-        "kept": kept,
-        "extractor": [extractor.name, extractor.version, extractor.weights["sha256"]],
-    }
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    return cache_folder() / f"{extractor.name}-{digest[:32]}.npz"
+def open_reference(
+    name: str, split: str, role: str, size: tuple[int, int], options: EvaluationOptions, processes: Processes
+) -> Reference:
+    """An ADM reference file, or a folder or dataset, its images not read yet.
+
+    Args:
+        role: of these images, for messages.
+        size: (height, width) of the samples.
+
+    Raises:
+        UserError: if it cannot be read, is damaged, or holds neither images nor statistics.
+    """
+    if Path(name).suffix != ".npz":
+        return reference_of(open_images(name, split, size, options.allow_resolution_mismatch), role, processes)
+    file = NpzFile(name)
+    if options.verify:
+        processes.on_main(file.verify)
+    statistics = read_statistics(file)
+    if "arr_0" in file:
+        reference = reference_of(file.images(), role, processes)
+    elif statistics:
+        reference = Reference(name, content_hash(None, name, processes), None)
+    else:
+        needed = "images (arr_0) or statistics (mu, sigma)"
+        raise UserError(f"{role} {name}: no {needed} in it; it holds {', '.join(file.keys)}")
+    reference.statistics, reference.made_with = statistics, file.made_with
+    return reference
 
 
-def cache_folder() -> Path:
-    """Where features of reference images are kept: $PIXELDIP_CACHE, or pixeldip/references in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("PIXELDIP_CACHE") or Path(base) / "pixeldip" / "references").expanduser()
-
-
-def _to_cache(path: Path, measured: Measured, extractor: Extractor, console: Console) -> None:
-    arrays: dict[str, np.ndarray] = {
-        "columns": measured.columns,
-        "rows": measured.rows,
-        "digests": np.frombuffer(b"".join(measured.digests), np.uint8),
-        "range": np.array([measured.low, measured.high]),
-    }
-    for output in extractor.outputs:
-        feature = extractor.name, output
-        if feature in measured.moments:
-            arrays[f"{output}.mean"], arrays[f"{output}.covariance"] = measured.moments[feature]
-        if feature in measured.kept:
-            arrays[f"{output}.kept"] = measured.kept[feature].numpy()
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        console.print(f"reference features not cached in {path.parent}: {error.strerror}", style="yellow")
-
-
-def _from_cache(path: Path, measured: Measured, extractor: Extractor, console: Console) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        file = NpzFile(path)
-        arrays = {name: file.load(name) for name in file.keys}
-    except UserError as error:
-        console.print(f"a damaged cache entry is made anew: {error}", style="yellow", highlight=False)
-        return False
-    for output in extractor.outputs:
-        feature = extractor.name, output
-        if f"{output}.mean" in arrays:
-            measured.moments[feature] = arrays[f"{output}.mean"], arrays[f"{output}.covariance"]
-        if f"{output}.kept" in arrays:
-            measured.kept[feature] = torch.from_numpy(arrays[f"{output}.kept"])
-    digests = arrays["digests"].tobytes()
-    measured.digests = [digests[i : i + 16] for i in range(0, len(digests), 16)]
-    measured.columns, measured.rows = arrays["columns"], arrays["rows"]
-    measured.low, measured.high = arrays["range"].tolist()
-    return True
+def reference_of(images: SourceImages | NpzImages, role: str, processes: Processes) -> Reference:
+    """Images as a reference, not read yet."""
+    if len(images) < 2:
+        raise UserError(f"{role} {images.name}: {len(images)} image; a comparison needs at least two")
+    return Reference(images.name, content_hash(images, images.name, processes), images)
 
 
 def content_hash(images: ImageSet | None, path: str, processes: Processes) -> str:

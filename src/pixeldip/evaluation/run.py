@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..data import NpzFile, NpzImages
+from ..data import NpzFile
 from ..errors import UserError
 from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
@@ -32,7 +32,7 @@ from .record import (
     pixel_warnings,
     print_evaluation,
 )
-from .reference import STATISTICS, Reference, content_hash, measure_reference, read_statistics
+from .reference import STATISTICS, Reference, measure_reference, open_reference, reference_of
 from .registry import DEFAULT, METRICS, NEIGHBOURS, Comparison, floor, label
 from .stream import Measured, measure
 
@@ -88,47 +88,27 @@ class Evaluator:
         """Real images, not read yet, or their statistics; None where no metric asks for them."""
         if only_for and only_for not in self.metrics:
             return None
-        options, size = self.options, (self.height, self.width)
-        if not name:
-            if self.own_images is not None:
-                return self._reference(role, self.own_images)
-            if only_for:
-                raise UserError(f"{only_for} measures the distance to the training images: name them, --train-images")
-            if any(METRICS[metric].compares for metric in self.metrics):
-                raise UserError("--reference is missing: give an ADM reference .npz, or real images (folder, dataset)")
-            return None
-        if Path(name).suffix != ".npz":
-            return self._reference(role, open_images(name, split, size, options.allow_resolution_mismatch))
-        file = NpzFile(name)
-        if options.verify:
-            self._verify(file)
-        statistics = read_statistics(file)
-        if "arr_0" in file:
-            reference = self._reference(role, file.images())
-        elif statistics and not only_for:
-            reference = Reference(name, content_hash(None, name, self.processes), None)
+        size = self.height, self.width
+        if name:
+            with self.console.status(f"opening {name}"):
+                reference = open_reference(name, split, role, size, self.options, self.processes)
+        elif self.own_images is not None:
+            reference = reference_of(self.own_images, role, self.processes)
+        elif only_for:
+            raise UserError(f"{only_for} measures the distance to the training images: name them, --train-images")
+        elif any(METRICS[metric].compares for metric in self.metrics):
+            raise UserError("--reference is missing: give an ADM reference .npz, or real images (folder, dataset)")
         else:
-            needed = "images (arr_0)" + ("" if only_for else " or statistics (mu, sigma)")
-            raise UserError(f"{role} {name}: no {needed} in it; it holds {', '.join(file.keys)}")
-        reference.statistics, reference.made_with = statistics, file.made_with
-        return reference
-
-    def _reference(self, role: str, images: SourceImages | NpzImages) -> Reference:
-        if len(images) < 2:
-            raise UserError(f"{role} {images.name}: {len(images)} image; a comparison needs at least two")
-        if (images.height, images.width) != (self.height, self.width):
-            message = (
-                f"{role} {images.name}: images of {images.height}x{images.width}, the samples are "
-                f"{self.height}x{self.width}"
-            )
+            return None
+        images = reference.images
+        if images is None and only_for:
+            raise UserError(f"{role} {name}: no images (arr_0) in it")
+        if images is not None and (images.height, images.width) != size:
+            found = f"images of {images.height}x{images.width}, the samples are {self.height}x{self.width}"
             if not self.options.allow_resolution_mismatch:
-                raise UserError(f"{message}; --allow-resolution-mismatch compares them all the same")
-            self.warnings.append(message)
-        return Reference(images.name, content_hash(images, images.name, self.processes), images)
-
-    def _verify(self, file: NpzFile) -> None:
-        with self.console.status(f"comparing the checksums of {file.path}"):
-            self.processes.on_main(file.verify)
+                raise UserError(f"{role} {name}: {found}; --allow-resolution-mismatch compares them all the same")
+            self.warnings.append(f"{role} {name}: {found}")
+        return reference
 
     def _check_available(self) -> None:
         """Leaves out, or if they were asked for by name refuses, metrics the reference cannot give."""
