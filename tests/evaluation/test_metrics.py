@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from pixeldip.evaluation import inception, metrics
+from pixeldip.evaluation.extractors import load_extractor
 from pixeldip.evaluation.metrics import (
     Moments,
     border_gradients,
@@ -114,6 +116,17 @@ def test_against_definitions(check: Callable[[], None]) -> None:
 
 def test_inception_against_torch_fidelity(seeded_inception: inception.Inception) -> None:
     check_spatial_features(seeded_inception)
+
+
+def test_efficientnet_knows_what_it_sees() -> None:
+    """Its ImageNet classifier on the very features that the distances are computed from."""
+    network = load_extractor("efficientnet", torch.device("cpu")).network
+    for name, label in (("bison", 347), ("macaw", 88), ("red_panda", 387)):
+        pixels = np.array(Image.open(HERE / "photos" / f"{name}.jpg"))
+        pool, mid = network(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+        p = network._fc(pool).softmax(1)[0]
+        assert p.argmax() == label and p[label] > 0.9
+        assert mid.shape == (1, 224) and (mid[:, 112:] > 0).all()  # deviations
 
 
 @pytest.mark.skipif(TORCH_FIDELITY is None, reason="torch-fidelity is not installed")
