@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -100,8 +101,9 @@ class SourceImages:
             )
         return pixels
 
+    @cached_property
     def content_hash(self) -> str:
-        """SHA-256 of the files' bytes, one after the other."""
+        """SHA-256 of the files' bytes, one after the other, read once."""
         digest = hashlib.sha256()
         for i in range(len(self)):
             with contextlib.suppress(OSError):  # said when its pixels are wanted

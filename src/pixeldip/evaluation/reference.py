@@ -180,7 +180,7 @@ def reference_of(images: SourceImages | NpzImages, role: str, processes: Process
 def content_hash(images: ImageSet | None, path: str, processes: Processes) -> str:
     """SHA-256 of a file, or of the files of a folder or dataset."""
     return processes.on_main(
-        lambda: images.content_hash() if isinstance(images, SourceImages) else file_sha256(Path(path))
+        lambda: images.content_hash if isinstance(images, SourceImages) else file_sha256(Path(path))
     )
 
 
