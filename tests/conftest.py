@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixeldip import DiP
+from pixeldip import DiP, DiPPipeline
 from pixeldip.recipe import Recipe, parse_recipe
 
 TINY_MODEL = {"patch_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "head_width": 8}
@@ -79,3 +79,10 @@ def opened_up(model: DiP, seed: int = 0) -> DiP:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def saved_model(folder: Path, size: int) -> Path:
+    """A pipeline of three named classes, its weights moved off their initial values."""
+    model = opened_up(DiP(**TINY_MODEL, num_classes=3))
+    DiPPipeline(model, height=size, width=size, class_names=["ant", "bee", "cow"]).save_pretrained(folder)
+    return folder

@@ -12,21 +12,18 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip import DiPPipeline, UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import from_uint8, grid, to_uint8
 from pixeldip.sampling import parse_seeds
 from pixeldip.training import train
 
-from .conftest import opened_up, tiny_recipe
+from .conftest import saved_model, tiny_recipe
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = opened_up(DiP(patch_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=3, head_width=8))
-    folder = tmp_path_factory.mktemp("model")
-    DiPPipeline(model, height=16, width=16, class_names=["ant", "bee", "cow"]).save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("model"), 16)
 
 
 def test_help_needs_no_torch() -> None:

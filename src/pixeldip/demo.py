@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from rich.console import Console
 
@@ -23,11 +22,11 @@ from .evaluation.image_sets import SourceImages
 from .evaluation.metrics import boundary_ratio, kernel_distance, nearest_neighbours
 from .evaluation.stream import measure
 from .images import to_pil
-from .pipeline import DiPPipeline
 from .processes import Processes, autocast, choose_device, choose_precision
 from .provenance import made_by
 from .recipe import Recipe, image_size, load_recipe
 from .report import demo_page
+from .sampling import load_pipeline
 from .training import train
 
 SAMPLES_PER_CLASS = 10
@@ -78,8 +77,7 @@ def run_demo(arguments: DemoArguments) -> int:
 def write_report(recipe: Recipe, device: torch.device, seconds: float) -> Path:
     """Samples the newest checkpoint of a demo run and writes `report.html` beside it."""
     run = Path(recipe.out)
-    diffusers_logging.disable_progress_bar()
-    pipeline = DiPPipeline.from_pretrained(str(run)).to(device)
+    pipeline = load_pipeline(str(run), device)
     names = pipeline.config.class_names
     dtype = choose_precision(recipe.training.precision, device)
     settings = {

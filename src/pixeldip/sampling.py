@@ -202,9 +202,13 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
             def read(own: range = own, share: float = share) -> np.ndarray | None:
                 return images.read(own[0], own[0] + batch_size, lambda _: advance(share)) if own else None
 
-            for pixels in processes.collected(processes.together(read)):
-                if pixels is not None:
-                    writer.add(pixels)
+            def write(batches: list[np.ndarray | None]) -> None:
+                for pixels in batches:
+                    if pixels is not None:
+                        writer.add(pixels)
+
+            sampled = processes.collected(processes.together(read))
+            processes.together(lambda sampled=sampled: write(sampled))
     seconds = time.perf_counter() - began
     shown = out if out.suffix == ".npz" else out / "grid.png"
     console.print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")
@@ -235,6 +239,7 @@ class ImageFolderWriter:
 
     def __init__(self, images: SampledImages, out: Path):
         self.images, self.out = images, out
+        self._made_with = images.made_with()
         self._count = 0
         self._first: list[Image.Image] = []
 
@@ -248,24 +253,21 @@ class ImageFolderWriter:
 
     def add(self, images: np.ndarray) -> None:
         """The next images, uint8 (n, H, W, 3)."""
-        made_with = self.images.made_with()
-        del made_with["seeds"], made_with["classes"]  # each image has its own
+        common = {key: value for key, value in self._made_with.items() if key not in ("seeds", "classes")}
         for pixels in images:
             i = self._count
-            row = {"seed": int(self.images.seeds[i])}
-            if self.images.labels is not None:
-                row["class"] = self.images.class_of(i)
+            seed, label = int(self.images.seeds[i]), self.images.class_of(i)
+            own = {"seed": seed} if label is None else {"seed": seed, "class": label}
             note = PngInfo()
-            note.add_text("pixeldip", json.dumps({**made_with, **row}))
+            note.add_text("pixeldip", json.dumps({**common, **own}))
             picture = Image.fromarray(pixels)
             name = f"{i:06d}.png"
             try:
                 picture.save(self.out / name, pnginfo=note)
             except OSError as error:
                 raise UserError(f"{self.out / name}: cannot be written ({error.strerror or error})") from error
-            if "class" in row:
-                row["label"] = str(row.pop("class"))
-            self._metadata.write(json.dumps({"file_name": name, **row}) + "\n")
+            row = {"file_name": name, "seed": seed} | ({} if label is None else {"label": str(label)})
+            self._metadata.write(json.dumps(row) + "\n")
             if i < GRID_LIMIT:
                 self._first.append(picture)
             self._count += 1
@@ -278,7 +280,7 @@ class ImageFolderWriter:
         in_turn = self.images.order_seed is None and 1 < len(chosen) <= 16
         across = min(len(self._first), len(chosen) if in_turn else 8)
         grid(self._first, across, scale=display_scale(self.images.width)).save(self.out / "grid.png")
-        record = json.dumps(self.images.made_with(), indent=2) + "\n"
+        record = json.dumps(self._made_with, indent=2) + "\n"
         (self.out / SETTINGS).write_text(record, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What commands show of long work: progress, rate and time left."""
+"""What commands show: warnings, and of long work progress, rate and time left."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +26,11 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def warn(console: Console, text: str) -> None:
+    """A line that limits what was or will be done; files' names in it are taken as they are."""
+    console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 class _Rate(ProgressColumn):

@@ -23,7 +23,7 @@ from pixeldip.data import NpzFile, NpzWriter
 from pixeldip.evaluation import METRICS, extractors
 from pixeldip.evaluation.inception import POOL_DIM, SPATIAL_DIM, Inception
 
-from ..conftest import opened_up
+from ..conftest import opened_up, saved_model
 from .conftest import smooth_images
 
 NO_DOWNLOAD = ["kid_efficientnet", "fd_mid_efficientnet", "boundary"]
@@ -50,10 +50,7 @@ def run(tmp_path: Path, *arguments: object) -> dict:
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = opened_up(DiP(patch_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=3, head_width=8))
-    folder = tmp_path_factory.mktemp("model")
-    DiPPipeline(model, height=32, width=32, class_names=["ant", "bee", "cow"]).save_pretrained(folder)
-    return folder
+    return saved_model(tmp_path_factory.mktemp("model"), 32)
 
 
 def test_adm_metrics_against_definitions(

@@ -181,7 +181,7 @@ class NpzFile:
 class NpzImages:
     """Images of an `.npz`, read in parts: in any order from a stored member, in increasing order from a packed one."""
 
-    def __init__(self, file: "NpzFile", name: str, count: int, height: int, width: int, start: int):
+    def __init__(self, file: NpzFile, name: str, count: int, height: int, width: int, start: int):
         self.file, self.count, self.height, self.width = file, count, height, width
         info = file._members[name]
         self.labels: np.ndarray | None = None

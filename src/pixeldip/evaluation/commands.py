@@ -10,8 +10,8 @@ from ..pipeline import names_a_model
 from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..run_folder import check_writable
 from ..sampling import SampledImages, image_writer, load_pipeline
-from ..terminal import image_progress
-from .extractors import load_extractor
+from ..terminal import image_progress, warn
+from .extractors import load_together
 from .image_sets import open_images
 from .reference import write_reference
 from .run import evaluate
@@ -59,9 +59,9 @@ def reference_command(arguments: Any) -> None:
         else:
             size = (arguments.resolution, arguments.resolution) if arguments.resolution else None
             images = open_images(arguments.data, arguments.split, size)
-        extractor = load_extractor("inception", processes.device, arguments.inception_weights)
+        extractor = load_together("inception", processes, arguments.inception_weights)
         for warning in extractor.warnings:
-            console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+            warn(console, warning)
         with image_progress(console) as start_pass:
             write_reference(
                 images,

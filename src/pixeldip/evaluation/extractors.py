@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..processes import exact_matmuls
+from ..processes import Processes, exact_matmuls
 from . import efficientnet, inception
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -80,6 +80,22 @@ def load_extractor(
     network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     classifier = network.fc.weight if name == "inception" else None
     return Extractor(name, network, outputs, weights, VERSIONS[name], device, classifier, warnings)
+
+
+def load_together(
+    name: str, processes: Processes, inception_weights: Path | None = None, dinov2: str = DINOV2
+) -> Extractor:
+    """The same in all processes: first in the main one, which fetches what is missing.
+
+    Raises:
+        UserError: in all of them.
+    """
+
+    def load() -> Extractor:
+        return load_extractor(name, processes.device, inception_weights, dinov2)
+
+    loaded = processes.together(lambda: load() if processes.is_main else None)
+    return processes.together(lambda: loaded or load())
 
 
 def _load_inception(path: Path | None) -> tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]:

@@ -15,12 +15,13 @@ from ..data import NpzImages
 from ..errors import UserError
 from ..recipe import EvaluationOptions
 from ..sampling import SETTINGS, SampledImages
+from ..terminal import warn
 from .image_sets import ImageSet, SourceImages
 from .reference import Reference
-from .registry import METRICS, label
+from .registry import FULL_SIZE, METRICS, label
 from .stream import Measured
 
-FULL_SIZE, FULL_REFERENCES = 50_000, 10_000
+FULL_REFERENCES = 10_000
 
 
 @dataclass
@@ -79,7 +80,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
             highlight=False,
         )
     for warning in evaluation.warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        warn(console, warning)
 
 
 def scaled(known: dict[str, float], part: str, scale: float) -> str:

@@ -22,6 +22,8 @@ from .metrics import (
 from .reference import Reference, chosen_images
 from .stream import Feature, Measured
 
+FULL_SIZE = 50_000
+"""Samples behind the FID of papers."""
 NEIGHBOURS = 3
 FLOOR_SPLITS = 3
 
@@ -211,6 +213,6 @@ def floor(name: str, c: Comparison) -> dict[str, float] | None:
 
 
 def label(name: str, count: int) -> str:
-    """A metric's name for people; FID of anything but 50,000 samples carries their number."""
+    """A metric's name for people; FID of anything but `FULL_SIZE` samples carries their number."""
     text = METRICS[name].label
-    return text.replace("-{n}", "" if count == 50_000 else f"-{count}")
+    return text.replace("-{n}", "" if count == FULL_SIZE else f"-{count}")

@@ -19,7 +19,7 @@ from ..provenance import environment
 from ..recipe import EvaluationOptions
 from ..sampling import ImageWriter
 from ..terminal import Advance, image_progress
-from .extractors import Extractor, load_extractor
+from .extractors import Extractor, load_together
 from .image_sets import ImageSet, SourceImages, open_images
 from .record import (
     FULL_REFERENCES,
@@ -74,7 +74,9 @@ class Evaluator:
         self.training = self._open(options.train_images, options.train_split, "training images", "nearest")
         self._check_shape()
         names = dict.fromkeys(METRICS[m].extractor for m in self.metrics if METRICS[m].extractor)
-        self.extractors: dict[str, Extractor] = {name: self._load(name) for name in names}
+        self.extractors: dict[str, Extractor] = {
+            name: load_together(name, processes, options.inception_weights, options.dinov2) for name in names
+        }
         self.warnings += [w for e in self.extractors.values() for w in e.warnings]
         with image_progress(self.console) as start_pass:
             if self.reference:
@@ -142,14 +144,6 @@ class Evaluator:
             if not self.options.allow_resolution_mismatch:
                 raise UserError(f"{message}; --allow-resolution-mismatch measures them all the same")
             self.warnings.append(message)
-
-    def _load(self, name: str) -> Extractor:
-        def load() -> Extractor:
-            return load_extractor(name, self.processes.device, self.options.inception_weights, self.options.dinov2)
-
-        if self.processes.world_size > 1:
-            self.processes.on_main(lambda: bool(load()))  # one of them fetches a missing file
-        return load()
 
     def _needed_of_reference(self) -> list[str]:
         """The extractors that must see the reference images: those whose statistics did not come with the file."""

@@ -101,26 +101,23 @@ def measure(
     mine = [(start, min(start + batch_size, count)) for start in starts[processes.rank :: processes.world_size]]
     batches = _read_ahead(images, mine)
     seconds = sums.result.seconds
-    failed_save: list[UserError] = []
 
     def next_part() -> _Part | None:
-        if failed_save:
-            raise failed_save[0]
         with _lap(seconds, "images"):
             batch = next(batches, None)
         return batch and _measure_batch(*batch, extractors, seconds, keep_images=save is not None)
 
-    for _ in range(0, len(starts), processes.world_size):
-        for part in filter(None, processes.collected(processes.together(next_part))):
+    def take(parts: Sequence[_Part | None]) -> None:
+        for part in filter(None, parts):
             with _lap(seconds, "sums"):
                 sums.add(part)
-            if save and not failed_save:
-                try:
-                    save(part.images)
-                except UserError as error:  # raised in all processes when they next meet
-                    failed_save.append(error)
+            if save:
+                save(part.images)
             advance(len(part.digests))
-    processes.together(lambda: next_part() if failed_save else None)
+
+    for _ in range(0, len(starts), processes.world_size):
+        parts = processes.collected(processes.together(next_part))
+        processes.together(lambda parts=parts: take(parts))
     if processes.is_main:
         sums.finish()
     return sums.result

@@ -13,6 +13,7 @@ from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision
 from ..recipe import Recipe, image_size
 from ..sampling import SampledImages
+from ..terminal import warn
 
 
 class TrainingMetrics:
@@ -30,7 +31,7 @@ class TrainingMetrics:
         own_images = SourceImages(source, recipe.data.source, size, allow_enlarging=True, skip_broken=True)
         self.evaluator = Evaluator(self.section, *size, processes, quiet, own_images)
         for warning in self.evaluator.warnings:
-            console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+            warn(console, warning)
 
     def measure(self, model: DiP, pipeline: dict[str, Any]) -> Evaluation:
         """Samples `evaluation.images` images and compares them with the reference."""
