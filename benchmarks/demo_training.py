@@ -17,8 +17,8 @@ from contextlib import nullcontext
 import torch
 
 from pixeldip import DiP, __version__
-from pixeldip.flow import velocity_loss
 from pixeldip.recipe import image_size, load_recipe
+from pixeldip.training.loss import training_loss
 from pixeldip.training.preparation import model_config
 
 
@@ -32,8 +32,8 @@ def step_function(recipe, precision: torch.dtype, **changes):
 
     def step() -> None:
         with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
-            loss = velocity_loss(model, x, y, torch.randn_like(x), torch.rand(len(x))).mean()
-        loss.backward()
+            losses = training_loss(model, model.objective, None, x, y, torch.randn_like(x), torch.rand(len(x)))
+        losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -4,23 +4,27 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pixeldip import UserError
 from pixeldip.flow import (
+    OBJECTIVES,
     SOLVERS,
     clean_image,
     drop_classes,
     evaluations,
     guided_velocity,
     interpolate,
+    is_stochastic,
     logit_normal_times,
     seeded_normal,
     shift_times,
+    start_state,
     time_grid,
     velocity,
-    velocity_loss,
 )
+from pixeldip.flow.objectives import VP_NOISIEST
 
 MEAN, STD = 0.7, 0.4
 
@@ -46,7 +50,8 @@ def test_convergence_order(solver: str, order: int, shift: float) -> None:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_evaluations_are_counted_right(solver: str) -> None:
     calls = []
-    SOLVERS[solver](lambda x, t, s: calls.append((t, s)) or 0 * x, torch.zeros(1), time_grid(7))
+    extra = {"noise": lambda i: torch.zeros(1)} if is_stochastic(solver) else {}
+    SOLVERS[solver](lambda x, t, s: calls.append((t, s)) or 0 * x, torch.zeros(1), time_grid(7), **extra)
     assert len(calls) == evaluations(solver, 7)
     assert all(start <= t < 1 for t, start in calls)
 
@@ -59,18 +64,90 @@ def test_the_path_ends_in_noise_and_data() -> None:
     torch.testing.assert_close(clean_image(interpolate(x, noise, t), velocity(x, noise), t), x)
 
 
-def test_the_loss_is_the_mean_square_per_image() -> None:
-    x, noise = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
-    seen = {}
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_right_output_becomes_the_velocity(name: str) -> None:
+    objective, (x, noise) = OBJECTIVES[name], torch.randn(2, 4, 3, 4, 4)
+    t = torch.tensor([0.0066, 0.3, 0.5, 0.94])
+    x_t = interpolate(x, noise, t)
+    output = {"velocity": x - noise, "image": x, "noise": noise}[name]
+    v = objective.to_velocity(output, x_t, t)
+    torch.testing.assert_close(v, velocity(x, noise), rtol=1e-3, atol=1e-3)
+    assert objective.loss(v, x, noise, t).max() < 1e-8
 
-    def network(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        seen.update(x_t=x_t, t=t, y=y)
-        return torch.stack([torch.full((1, 2, 2), 3.0), torch.ones(1, 2, 2)])
 
-    t = torch.tensor([0.25, 0.5])
-    loss = velocity_loss(network, x, torch.tensor([7, 8]), noise, t)
-    assert loss.tolist() == [4.0, 0.0]
-    assert seen["x_t"].flatten(1)[:, 0].tolist() == [0.25, 0.5] and seen["y"].tolist() == [7, 8]
+def test_the_loss_of_the_velocity_is_its_mean_square_per_image() -> None:
+    x, noise, t = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2), torch.tensor([0.25, 0.5])
+    v = torch.stack([torch.full((1, 2, 2), 3.0), torch.ones(1, 2, 2)])
+    assert OBJECTIVES["velocity"].loss(v, x, noise, t).tolist() == [4.0, 0.0]
+    assert OBJECTIVES["image"].loss(v, x, noise, t).tolist() == [4.0, 0.0]
+
+
+def test_the_loss_of_the_noise_is_eq_4() -> None:
+    x, noise, guess = torch.randn(3, 2, 1, 4, 4)
+    t = torch.tensor([0.1, 0.8])
+    objective = OBJECTIVES["noise"]
+    v = objective.to_velocity(guess, interpolate(x, noise, t), t)
+    expected = (noise - guess).square().flatten(1).mean(1)
+    torch.testing.assert_close(objective.loss(v, x, noise, t), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_variance_preserving_path() -> None:
+    objective, r = OBJECTIVES["noise"], torch.linspace(0, 1, 1001, dtype=torch.float64)
+    t = objective.flow_time(r)
+    torch.testing.assert_close(objective.schedule_time(t), r, rtol=0, atol=1e-12)
+    alpha_bar = (t / torch.hypot(t, 1 - t)).square().flip(0)
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
+    ddpm = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    assert (alpha_bar[0], t[0] > VP_NOISIEST) == (1, True)
+    torch.testing.assert_close(betas, ddpm, rtol=0.02, atol=1.5e-5)
+
+
+def vp_state(x: Tensor, t: float) -> Tensor:
+    """The state of Eq. 1, given that of the straight path."""
+    return x / math.hypot(t, 1 - t)
+
+
+@pytest.mark.parametrize("solver", ["euler", "ddim", "ancestral"])
+def test_samplers_are_ddim_and_ddpm(solver: str) -> None:
+    """Step by step as diffusers' DDIMScheduler, with eta 0 and 1, for a network that predicts noise."""
+    objective, steps = OBJECTIVES["noise"], 20
+    times = time_grid(steps, objective=objective)
+
+    def noise_network(x: Tensor, r: float) -> Tensor:
+        return torch.tanh(x) * (1 - r) + 0.1 * r
+
+    def v(x: Tensor, t: float, _: float) -> Tensor:
+        t_batch = torch.full((len(x),), t, dtype=torch.float64)
+        seen, r = objective.network_input(x, t_batch)
+        return objective.to_velocity(noise_network(seen, r[0].item()), x, t_batch)
+
+    noise = torch.randn(steps + 1, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    extra = {"noise": lambda i: noise[i + 1]} if is_stochastic(solver) else {}
+    ours = SOLVERS[solver](v, start_state(noise[0], times), times, **extra)
+
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False, set_alpha_to_one=True)
+    alpha_bar = [
+        (t / math.hypot(t, 1 - t)) ** 2 for t in objective.flow_time(1 - torch.arange(1, 1001) / 1000).tolist()
+    ]
+    scheduler.alphas_cumprod = torch.tensor(alpha_bar, dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    theirs = noise[0]
+    for i in range(steps):
+        k = 1000 - i * (1000 // steps)  # diffusers counts steps from 0
+        eta = {"eta": 1.0, "variance_noise": noise[i + 1]} if is_stochastic(solver) else {}
+        theirs = scheduler.step(noise_network(theirs, 1 - k / 1000), k - 1, theirs, **eta).prev_sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_ancestral_samples_have_the_datas_distribution(name: str) -> None:
+    """The stochastic sampler on the exact velocity of Gaussian data, for the times of every objective."""
+    random = torch.Generator().manual_seed(0)
+    times = time_grid(200, objective=OBJECTIVES[name])
+    start = start_state(torch.randn(20_000, 1, generator=random, dtype=torch.float64), times)
+    fresh = lambda i: torch.randn(start.shape, generator=random, dtype=torch.float64)  # noqa: E731
+    x = SOLVERS["ancestral"](lambda x, t, s: gaussian_velocity(x, t, s), start, times, noise=fresh)
+    assert abs(x.mean() - MEAN) < 0.02 and abs(x.std() - STD) < 0.02
 
 
 def test_logit_normal_quantiles() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pixeldip import DiP, UserError
-from pixeldip.model import HEADS, PRESETS
+from pixeldip.model import HEADS, PLACEMENTS, PRESETS
 
 from .conftest import opened_up
 
@@ -15,9 +15,13 @@ SIZES = {"hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
 
 def tiny(head: str = "unet", patch_size: int = 8, **changes) -> DiP:
-    width = {"head_width": 8} if head != "linear" else {}
+    width = {} if head == "linear" else {"head_width": 16 if head == "attention" else 8}
     torch.manual_seed(0)
     return DiP(**{**SIZES, **width, "head": head, "patch_size": patch_size, **changes})
+
+
+DESIGNS = [(head, placement) for head in HEADS for placement in PLACEMENTS if head != "linear"]
+DESIGNS += [("linear", "post")]
 
 
 def inputs(height: int = 16, width: int = 24, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,24 +29,26 @@ def inputs(height: int = 16, width: int = 24, batch: int = 3) -> tuple[torch.Ten
     return x, torch.linspace(0.1, 0.9, batch), torch.arange(batch) + 3
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("patch_size", [4, 8, 12])
-def test_any_multiple_of_the_patch(head: str, patch_size: int) -> None:
+@pytest.mark.parametrize(("head", "placement"), DESIGNS)
+@pytest.mark.parametrize("patch_size", [4, 5, 8, 14])
+def test_any_multiple_of_the_patch(head: str, placement: str, patch_size: int) -> None:
     x, t, y = inputs(2 * patch_size, 3 * patch_size)
-    assert tiny(head, patch_size)(x, t, y).shape == x.shape
+    v = tiny(head, patch_size, placement=placement)(x, t, y)
+    assert v.shape == x.shape and v.isfinite().all()
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_gradient_reaches_every_parameter(head: str) -> None:
-    model = opened_up(tiny(head))
-    model(*inputs()).square().sum().backward()
+@pytest.mark.parametrize(("head", "placement"), DESIGNS)
+@pytest.mark.parametrize("patch_size", [7, 8])
+def test_a_gradient_reaches_every_parameter(head: str, placement: str, patch_size: int) -> None:
+    model = opened_up(tiny(head, patch_size, placement=placement))
+    model(*inputs(2 * patch_size, 3 * patch_size)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_starts_closed_and_small(head: str) -> None:
-    model = tiny(head)
+@pytest.mark.parametrize(("head", "placement"), DESIGNS)
+def test_starts_closed_and_small(head: str, placement: str) -> None:
+    model = tiny(head, placement=placement)
     x, t, y = inputs()
     first = model(x, t, y)
     assert first.std() < 0.05 * x.std()
@@ -54,19 +60,19 @@ def test_starts_closed_and_small(head: str) -> None:
     assert torch.equal(model(x, t, y), first)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_save_and_load(head: str, tmp_path: Path) -> None:
-    model = opened_up(tiny(head)).eval()
+@pytest.mark.parametrize(("head", "placement"), DESIGNS)
+def test_save_and_load(head: str, placement: str, tmp_path: Path) -> None:
+    model = opened_up(tiny(head, placement=placement)).eval()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
     again = DiP.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    assert dict(again.config)["head"] == head
+    assert (again.config["head"], again.config["placement"]) == (head, placement)
     assert torch.equal(again(*inputs()), model(*inputs()))
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_gradient_checkpointing_changes_nothing(head: str) -> None:
-    plain, saving = opened_up(tiny(head)).train(), opened_up(tiny(head)).train()
+@pytest.mark.parametrize(("head", "placement"), DESIGNS)
+def test_gradient_checkpointing_changes_nothing(head: str, placement: str) -> None:
+    plain, saving = (opened_up(tiny(head, placement=placement)).train() for _ in range(2))
     saving.enable_gradient_checkpointing()
     assert saving.is_gradient_checkpointing
     for model in (plain, saving):
@@ -75,17 +81,28 @@ def test_gradient_checkpointing_changes_nothing(head: str) -> None:
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
-def test_compiles_to_the_same_function() -> None:
-    model = opened_up(tiny())
+@pytest.mark.parametrize(
+    ("head", "changes"),
+    [
+        *((head, {}) for head in HEADS),
+        ("unet", {"placement": "hybrid", "prediction": "noise"}),
+        ("unet", {"patch_size": 6, "prediction": "image"}),
+    ],
+)
+def test_compiles_to_the_same_function(head: str, changes: dict) -> None:
+    torch.compiler.reset()
+    model = opened_up(tiny(head, **changes))
     compiled = torch.compile(model, fullgraph=True)
+    sizes = (2 * model.config.patch_size, 3 * model.config.patch_size)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs()), model(*inputs()), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(*inputs(*sizes)), model(*inputs(*sizes)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_the_head_sees_one_patch_at_a_time(head: str) -> None:
-    detailer = opened_up(tiny(head)).detailer
-    patch, context = torch.randn(6, 3, 8, 8), torch.randn(6, 32)
+@pytest.mark.parametrize("patch_size", [5, 8])
+def test_the_head_sees_one_patch_at_a_time(head: str, patch_size: int) -> None:
+    detailer = opened_up(tiny(head, patch_size)).detailer
+    patch, context = torch.randn(6, 3, patch_size, patch_size), torch.randn(6, 32)
     before = detailer(patch, context)
     patch[2] += 1
     changed = (detailer(patch, context) - before).abs().amax((1, 2, 3)) > 1e-6
@@ -107,7 +124,7 @@ def test_patches_come_back_to_their_place() -> None:
 def test_a_predicted_image_becomes_the_velocity_towards_it() -> None:
     velocity, image = opened_up(tiny()), opened_up(tiny(prediction="image"))
     x, t, y = inputs()
-    torch.testing.assert_close(image(x, t, y), (velocity(x, t, y) - x) / (1 - t.view(-1, 1, 1, 1)))
+    torch.testing.assert_close(image(x, t, y), (velocity(x, t, y) - x) / (1 - t.view(-1, 1, 1, 1)).clamp(min=0.05))
     at_data = torch.ones(3)  # where 1 - t vanishes
     torch.testing.assert_close(image(x, at_data, y), (velocity(x, at_data, y) - x) / 0.05)
 
@@ -120,6 +137,64 @@ def test_bf16_weights_and_input_dtype() -> None:
     torch.testing.assert_close(half, model.to(torch.float32)(x, t, y), rtol=0.1, atol=0.1)
 
 
+def test_predicted_noise_is_eq_1s() -> None:
+    """A network that puts out the noise it was given moves x_t along the straight path to the image."""
+    model = tiny(prediction="noise")
+    seen = {}
+
+    class ItsNoise(nn.Module):
+        def forward(self, patch: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            seen["patch"] = patch
+            return noise.unflatten(-1, (3, 8)).unflatten(-3, (2, 8)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+
+    model.detailer = ItsNoise()
+    image, noise = torch.randn(2, 3, 3, 16, 24, generator=torch.Generator().manual_seed(2)).unbind(0)
+    t = torch.tensor([0.01, 0.4, 0.97])
+    weight = t.view(-1, 1, 1, 1)
+    x_t = weight * image + (1 - weight) * noise
+    v = model(x_t, t, torch.zeros(3, dtype=torch.long))
+    torch.testing.assert_close(v, image - noise, rtol=1e-4, atol=2e-5)
+    eq_1 = x_t / (weight**2 + (1 - weight) ** 2).sqrt()  # sqrt(alpha_bar) image + sqrt(1 - alpha_bar) noise
+    torch.testing.assert_close(seen["patch"][0], eq_1[0, :, :8, :8])
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_tokens_after_a_block(blocks: int) -> None:
+    model = opened_up(tiny(depth=4, placement="hybrid"))
+    caught = []
+    model.backbone.blocks[blocks - 1].register_forward_hook(lambda module, args, output: caught.append(output))
+    v, tokens = model(*inputs(), tokens_after=blocks)
+    assert tokens is caught[0] and tokens.shape == (3, 6, 32)
+    assert torch.equal(v, model(*inputs()))
+
+
+@pytest.mark.parametrize(
+    ("placement", "heads"), [("post", [False, True]), ("intermediate", [True, False]), ("hybrid", [True, True])]
+)
+def test_where_the_head_stands(placement: str, heads: list[bool]) -> None:
+    model = tiny(placement=placement)
+    stands = [type(m).__name__ == "UNetHead" for m in (getattr(model.injection, "detailer", None), model.detailer)]
+    assert stands == heads
+    order = []
+    watched = {"head": model.detailer} | ({"injected": model.injection.project} if model.injection else {})
+    for name, module in [*watched.items(), *((f"block {i}", b) for i, b in enumerate(model.backbone.blocks))]:
+        module.register_forward_hook(lambda *_, name=name: order.append(name))
+    model(*inputs())
+    assert order == ["block 0", *(["injected"] if model.injection else []), "block 1", "head"]
+
+
+# Table 2, millions of parameters
+@pytest.mark.parametrize(
+    ("head", "millions"), [("mlp", 630), ("attention", 630), ("coordinate_mlp", 700), ("unet", 631), ("linear", 629)]
+)
+def test_parameters_of_table_2(head: str, millions: int) -> None:
+    with torch.device("meta"):
+        count = DiP.from_preset("dip-xl/16", head=head).num_parameters()
+    assert abs(count / 1e6 / millions - 1) < 0.01
+    if head == "coordinate_mlp":
+        assert count == 700_589_219
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_parameters(name: str) -> None:
     with torch.device("meta"):
@@ -130,11 +205,15 @@ def test_preset_parameters(name: str) -> None:
     ("changes", "message"),
     [
         ({"hidden_size": 30}, "multiple of 4 \\* num_heads"),
-        ({"head": "unett"}, "choose one of unet, linear"),
+        ({"head": "unett"}, "choose one of unet, coordinate_mlp, attention, mlp, linear"),
         ({"head_depth": 4}, "can be halved 3 times"),
-        ({"patch_size": 7}, "odd"),
+        ({"head_depth": 3, "patch_size": 4}, "can be halved 2 times"),
+        ({"head": "attention"}, "multiple of 16"),
         ({"depth": 0}, "depth=0"),
-        ({"prediction": "noise"}, "choose one of velocity, image"),
+        ({"prediction": "images"}, "choose one of velocity, image, noise"),
+        ({"placement": "pre"}, "choose one of post, intermediate, hybrid"),
+        ({"placement": "hybrid", "depth": 1}, "at least 2"),
+        ({"placement": "hybrid", "head": "linear", "head_width": None}, "no head to place"),
         ({"num_classes": -1}, "num_classes=-1"),
         ({"head": "linear"}, "do not apply to head='linear'"),
     ],

@@ -1,4 +1,4 @@
-"""The release's network and samplers, reproduced from its tensors."""
+"""The release's network and samplers, and PixNerd's network, reproduced from their tensors."""
 
 import argparse
 import json
@@ -97,7 +97,7 @@ def test_xl_has_the_releases_tensors() -> None:
     shapes = json.loads((OFFICIAL / "dip_xl_16_shapes.json").read_text())
     with torch.device("meta"):
         model = DiP.from_preset("dip-xl/16")
-    assert {our_name(name): tuple(s) for name, s in shapes.items()} == {
+    assert {our_name(name, depth=26): tuple(s) for name, s in shapes.items()} == {
         name: tuple(value.shape) for name, value in model.state_dict().items()
     }
     assert model.num_parameters() == 631_989_411
@@ -112,6 +112,39 @@ def test_convert_writes_a_folder_the_pipeline_reads(checkpoint: Path, model: DiP
     for name, value in model.state_dict().items():
         assert torch.equal(pipeline.model.state_dict()[name], value), name
     assert main(["convert", str(checkpoint), str(tmp_path / "folder")]) == 2  # never over something else
+
+
+def pixnerd_tensors() -> dict[str, torch.Tensor]:
+    spec = json.loads((OFFICIAL / "pixnerd_tiny16.json").read_text())
+    return {name: ruled_tensor(name, shape) for name, shape in spec["shapes"].items()}
+
+
+def test_a_pixnerd_checkpoint_is_converted(tmp_path: Path) -> None:
+    state = {f"ema_denoiser.{name}": value for name, value in pixnerd_tensors().items()}
+    torch.save({"state_dict": state}, tmp_path / "pixnerd.ckpt")
+    arguments = ["convert", str(tmp_path / "pixnerd.ckpt"), str(tmp_path / "folder"), "--resolution", "512"]
+    assert main(arguments) == 0
+    pipeline = DiPPipeline.from_pretrained(str(tmp_path / "folder"))
+    assert (pipeline.config.height, pipeline.config.width) == (512, 512)
+    config = json.loads((OFFICIAL / "pixnerd_tiny16.json").read_text())["config"]
+    batch, classes = config["batch"], config["num_classes"]
+    x = rule("pixnerd_tiny16/x", (batch, 3, config["height"], config["width"]))
+    with torch.no_grad():
+        v = pipeline.model(x, torch.linspace(0.05, 0.95, batch), torch.arange(batch) % (classes + 1))
+    theirs = torch.from_numpy(np.load(OFFICIAL / "pixnerd_tiny16.npz")["velocity"])
+    assert (v - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("blocks.3.norm.weight", "Missing .*detailer.blocks.1.norm"), ("final_layer.linear.bias", "detailer.out.bias")],
+)
+def test_a_pixnerd_checkpoint_with_a_hole(tmp_path: Path, name: str, message: str) -> None:
+    state = pixnerd_tensors()
+    del state[name]
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=message):
+        load_release(tmp_path / "x.ckpt")
 
 
 def test_raw_weights_are_the_other_ones(checkpoint: Path) -> None:

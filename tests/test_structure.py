@@ -19,6 +19,7 @@ ORDER = [
     "pipeline",
     "data",
     "sampling",
+    "vision_models",
     "evaluation",
     "training",
     "report",

@@ -173,7 +173,7 @@ def evaluate(arguments: list[str]) -> int:
 
 @dataclass
 class ConvertArguments:
-    """Turn an authors' checkpoint into a model folder."""
+    """Turn an authors' checkpoint, of DiP or of PixNerd, into a model folder."""
 
     checkpoint: tyro.conf.Positional[Path]
     """Lightning .ckpt, or .safetensors with the release's tensor names."""
@@ -182,7 +182,7 @@ class ConvertArguments:
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights, which the authors sample from, or the raw ones."""
     resolution: int | None = None
-    """Training size in pixels; by default 16 patches a side, as in the release."""
+    """Training size in pixels; by default 16 patches a side. For PixNerd's fine-tune at 512 give 512."""
 
 
 def convert(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The authors' checkpoints, read without running anything in them, as `DiP` models."""
+"""The authors' checkpoints, and PixNerd's, read without running anything in them, as `DiP` models."""
 
 import pickle
 import re
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from .errors import UserError
 from .model import DiP, check_size
+from .model.heads.pixels import POSITION_FEATURES
 from .pipeline import DiPPipeline
 
-# release name -> our name, tried in order; \1 is the number of a block or (one above) of a head stage
+# release name -> our name; \1 is the number of a block, {stage} that of a head stage, counted from 0, {beyond} how
+# many blocks after the backbone's: PixNerd counts its head's blocks on
 RENAMES = [
     (r"s_embedder\.proj", r"backbone.patch_embed"),
     (r"t_embedder\.mlp\.0", r"backbone.time_embed.fc1"),
@@ -27,28 +29,39 @@ RENAMES = [
     (r"blocks\.(\d+)\.mlp\.w3", r"backbone.blocks.\1.mlp.up"),
     (r"blocks\.(\d+)\.mlp\.w2", r"backbone.blocks.\1.mlp.down"),
     (r"blocks\.(\d+)\.adaLN_modulation\.0", r"backbone.blocks.\1.modulation"),
-    (r"local_decoder\.enc(\d+)\.0", "detailer.down.{}"),
+    (r"local_decoder\.enc(\d+)\.0", "detailer.down.{stage}"),
     (r"local_decoder\.bottleneck\.0", r"detailer.bottleneck"),
-    (r"local_decoder\.up(\d+)", "detailer.up.{}"),
-    (r"local_decoder\.dec(\d+)\.0", "detailer.merge.{}"),
+    (r"local_decoder\.up(\d+)", "detailer.up.{stage}"),
+    (r"local_decoder\.dec(\d+)\.0", "detailer.merge.{stage}"),
     (r"local_decoder\.out_conv", r"detailer.out"),
+    (r"x_embedder\.embedder\.0", r"detailer.embed"),
+    (r"blocks\.(\d+)\.param_generator1\.0", "detailer.blocks.{beyond}.generator"),
+    (r"blocks\.(\d+)\.norm", "detailer.blocks.{beyond}.norm"),
+    (r"final_layer\.norm", r"detailer.norm"),
+    (r"final_layer\.linear", r"detailer.out"),
 ]
 RELEASE_GRID = 16  # patches a side the release trains on: 256 px at P = 16, 512 px at P = 32
 PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser."}
 
 
-def our_name(name: str) -> str | None:
-    """Our name of a network tensor of the release, or None if it is not one."""
+def our_name(name: str, depth: int) -> str | None:
+    """Our name of a network tensor of the release, or of PixNerd's, or None if it is not one.
+
+    Args:
+        depth: blocks of the backbone.
+    """
     stem, _, leaf = name.rpartition(".")
     for pattern, replacement in RENAMES:
         if match := re.fullmatch(pattern, stem):
-            ours = replacement.format(int(match[1]) - 1) if "{}" in replacement else match.expand(replacement)
-            return f"{ours}.{leaf}"
+            if "{" in replacement:
+                number = int(match[1])
+                return f"{replacement.format(stage=number - 1, beyond=number - depth)}.{leaf}"
+            return f"{match.expand(replacement)}.{leaf}"
     return None
 
 
 def load_release(path: str | Path, weights: str = "ema") -> DiP:
-    """A `DiP` with the weights of an authors' checkpoint, its sizes inferred from the tensors.
+    """A `DiP` with the weights of an authors' checkpoint, or a PixNerd one, its sizes inferred from the tensors.
 
     Args:
         path: Lightning `.ckpt`, or `.safetensors` with the network's tensors under the release's names.
@@ -62,12 +75,12 @@ def load_release(path: str | Path, weights: str = "ema") -> DiP:
     with torch.device("meta"):
         model = DiP(**config)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    renamed = {our_name(name) or name: (name, tensor) for name, tensor in tensors.items()}
+    renamed = {our_name(name, config["depth"]) or name: (name, tensor) for name, tensor in tensors.items()}
     missing = sorted(expected.keys() - renamed.keys())
     surplus = sorted(renamed[name][0] for name in renamed.keys() - expected.keys())
     if missing or surplus:
         raise UserError(
-            f"{path}: not a DiP checkpoint of the release as far as we can read it."
+            f"{path}: not a DiP or PixNerd checkpoint as far as we can read it."
             + (f" Missing (our names): {_some(missing)}." if missing else "")
             + (f" Unknown: {_some(surplus)}." if surplus else "")
         )
@@ -102,13 +115,21 @@ def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") ->
     """
     try:
         hidden_size, patch_dim = tensors["s_embedder.proj.weight"].shape
-        head_width, in_channels = tensors["local_decoder.enc1.0.weight"].shape[:2]
+        if "x_embedder.embedder.0.weight" in tensors:  # PixNerd's head
+            head = "coordinate_mlp"
+            head_width, in_channels = tensors["x_embedder.embedder.0.weight"].shape
+            in_channels -= POSITION_FEATURES
+            head_depth = _count(tensors, r"blocks\.(\d+)\.param_generator1\.")
+        else:
+            head = "unet"
+            head_width, in_channels = tensors["local_decoder.enc1.0.weight"].shape[:2]
+            head_depth = _count(tensors, r"local_decoder\.enc(\d+)\.")
         inner = tensors["blocks.0.mlp.w1.weight"].shape[0]
         head_dim = tensors["blocks.0.attn.q_norm.weight"].shape[0]
         num_classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
     except KeyError as missing:
         raise UserError(
-            f"{path}: tensor {missing} is missing, so this is not a DiP network of the release; "
+            f"{path}: tensor {missing} is missing, so this is neither a DiP nor a PixNerd network; "
             f"it holds {len(tensors)} tensors: {_some(sorted(tensors))}"
         ) from None
     mlp_ratio = 1.5 * inner / hidden_size
@@ -118,13 +139,13 @@ def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") ->
         "in_channels": in_channels,
         "patch_size": round((patch_dim / in_channels) ** 0.5),
         "hidden_size": hidden_size,
-        "depth": _count(tensors, r"blocks\.(\d+)\."),
+        "depth": _count(tensors, r"blocks\.(\d+)\.attn\."),
         "num_heads": hidden_size // head_dim,
         "mlp_ratio": mlp_ratio,
         "num_classes": num_classes,
-        "head": "unet",
+        "head": head,
         "head_width": head_width,
-        "head_depth": _count(tensors, r"local_decoder\.enc(\d+)\."),
+        "head_depth": head_depth,
     }
 
 

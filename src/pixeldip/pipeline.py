@@ -1,6 +1,7 @@
 """The diffusers pipeline: a trained `DiP`, its classes and its size, ready to sample."""
 
 import difflib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
-from .flow import SOLVERS, guided_velocity, seeded_normal, time_grid
+from .flow import (
+    SOLVERS,
+    Stream,
+    fold_seed,
+    guided_velocity,
+    is_stochastic,
+    seeded_normal,
+    start_state,
+    time_grid,
+)
 from .images import to_pil
 from .model import DiP, check_size
 from .run_folder import PIPELINE, newest_checkpoint
@@ -95,12 +105,13 @@ class DiPPipeline(DiffusionPipeline):
 
         Args:
             class_labels: ids or exact names; for a model without classes, leave it out.
-            num_inference_steps: solver steps from noise (t = 0) to data (t = 1).
+            num_inference_steps: solver steps from noise (t = 0) to data (t = 1), spaced as the model's objective asks.
             guidance_scale: w of u + w (c - u); 1 is no guidance.
             guidance_interval: steps that start at lo < t < hi are guided.
             seeds: one per image; by default 0, 1, 2 … An image depends on its seed alone, not on the
                 batch around it.
-            solver: euler, heun or ab2 (two-step Adams-Bashforth).
+            solver: euler, heun, ab2 (two-step Adams-Bashforth), ddim (another name of euler) or ancestral
+                (DDPM's, which adds fresh noise at every step, from the image's seed too).
             time_shift: above 1 takes more of the steps at noisy times.
             height, width: pixels, multiples of the patch size; by default the training size.
             output_type: "pil", or "pt" for a tensor (B, C, H, W) in [-1, 1].
@@ -124,7 +135,7 @@ class DiPPipeline(DiffusionPipeline):
         null_class = model.config.num_classes
         scale = guidance_scale if null_class else 1.0
         velocity = guided_velocity(model, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
-        times = time_grid(num_inference_steps, time_shift)
+        times = time_grid(num_inference_steps, time_shift, model.objective)
         trajectory: list[tuple[float, Tensor]] = []
 
         def watched(x: Tensor, t: float, step_start: float) -> Tensor:
@@ -132,8 +143,14 @@ class DiPPipeline(DiffusionPipeline):
                 trajectory.append((t, x.cpu()))
             return velocity(x, t, step_start)
 
-        noise = seeded_normal(seeds, (model.config.in_channels, height, width), device)
-        x = SOLVERS[solver](watched, noise, times, on_step and (lambda i, *_: on_step(i)))
+        shape = (model.config.in_channels, height, width)
+
+        def fresh_noise(step: int) -> Tensor:
+            return seeded_normal([fold_seed(seed, Stream.FRESH_NOISE, step) for seed in seeds], shape, device)
+
+        solve = functools.partial(SOLVERS[solver], noise=fresh_noise) if is_stochastic(solver) else SOLVERS[solver]
+        start = start_state(seeded_normal(seeds, shape, device), times)
+        x = solve(watched, start, times, on_step and (lambda i, *_: on_step(i)))
         if trajectory_every:
             trajectory.append((1.0, x.cpu()))
         return DiPPipelineOutput(to_pil(x) if output_type == "pil" else x, trajectory or None)

@@ -42,11 +42,14 @@ class ModelSection:
     num_heads: Positive | None = None
     mlp_ratio: Annotated[float, Field(gt=0)] | None = None
     head: str | None = None
-    """Patch Detailer Head: unet, or linear for the DiT-only baseline."""
+    """Patch Detailer Head: unet, coordinate_mlp, attention, mlp, or linear for the DiT-only baseline."""
     head_width: Positive | None = None
     head_depth: Positive | None = None
-    prediction: Literal["velocity", "image"] | None = None
-    """What the head puts out; None: velocity. image (the clean image) learns clean strokes much sooner."""
+    placement: Literal["post", "intermediate", "hybrid"] | None = None
+    """Where the head stands: after the last block (None: this), half-way through the blocks, or in both places."""
+    prediction: Literal["velocity", "image", "noise"] | None = None
+    """What the network puts out; None: velocity. image (the clean image) learns clean strokes much sooner; noise
+    trains on the variance-preserving path (Eqs. 1 and 4)."""
 
 
 @_section
@@ -79,13 +82,29 @@ class DataSection:
 class FlowSection:
     """How times and classes are drawn in training."""
 
-    time_distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_distribution: Literal["logit_normal", "uniform"] | None = None
+    """None: logit_normal, or uniform for model.prediction noise."""
     time_mean: float = 0.0
     time_std: Annotated[float, Field(gt=0)] = 1.0
     time_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1: more training on noisy images."""
     class_dropout: Fraction = 0.1
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
+
+
+@_section
+@dataclass
+class AlignmentSection:
+    """REPA (Yu et al. 2025): the tokens of a block are held near those of a frozen image encoder."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    """Of 1 - cosine similarity in the loss; 0: no alignment. The release trains with 0.5."""
+    block: Positive = 8
+    """After how many blocks the tokens are taken."""
+    encoder: str = "facebook/dinov2-base"
+    """A vision transformer of the transformers library: hub id or folder."""
+    projector_width: Positive = 2048
+    """Of the two hidden layers between tokens and encoder; trained, saved for resuming, not sampled with."""
 
 
 @_section
@@ -133,7 +152,7 @@ class SamplingSettings:
     """How images come from noise."""
 
     steps: Positive = 50
-    solver: Literal["euler", "heun", "ab2"] = "euler"
+    solver: Literal["euler", "heun", "ab2", "ddim", "ancestral"] = "euler"
     guidance: float = 4.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[Fraction, Fraction] = (0.1, 1.0)
@@ -158,7 +177,7 @@ class PreviewSection(SamplingSettings):
     """Sample grids from the EMA weights during training, always of the same seeds."""
 
     steps: Positive = 30
-    solver: Literal["euler", "heun", "ab2"] = "ab2"
+    solver: Literal["euler", "heun", "ab2", "ddim", "ancestral"] = "ab2"
     guidance: float = 2.0
     every: NonNegative = 1000
     """Steps between previews; 0: none."""
@@ -233,6 +252,7 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     model: ModelSection = field(default_factory=ModelSection)
     flow: FlowSection = field(default_factory=FlowSection)
+    alignment: AlignmentSection = field(default_factory=AlignmentSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     preview: PreviewSection = field(default_factory=PreviewSection)

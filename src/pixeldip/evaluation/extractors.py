@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..processes import Processes, exact_matmuls
+from ..vision_models import load_vision_model
 from . import efficientnet, inception
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -167,14 +168,9 @@ class _DINOv2(nn.Module):
 
 
 def _load_dinov2(name: str) -> tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]:
-    try:
-        from transformers import Dinov2Model
-    except ImportError as error:
-        raise UserError("DINOv2 needs transformers: pip install 'pixeldip[dinov2]'") from error
-    try:
-        model = Dinov2Model.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError) as error:  # transformers: not found, not reachable, not such a model
-        raise UserError(f"DINOv2 {name}: {' '.join(str(error).split())}") from error
+    model = load_vision_model(name, "DINOv2")
+    if model.config.model_type != "dinov2":
+        raise UserError(f"DINOv2 {name}: a {model.config.model_type} model")
     digest = hashlib.sha256()
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())

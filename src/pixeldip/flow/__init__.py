@@ -1,7 +1,8 @@
-"""The path, its loss, solvers and guidance: functions of callables, free of the network."""
+"""The path, objectives, solvers and guidance: functions of callables, free of the network."""
 
 from .guidance import guided_velocity
 from .noise import Stream, fold_seed, seeded_normal
+from .objectives import OBJECTIVES, VelocityObjective
 from .path import (
     clean_image,
     drop_classes,
@@ -10,24 +11,26 @@ from .path import (
     shift_times,
     uniform_times,
     velocity,
-    velocity_loss,
 )
-from .solvers import SOLVERS, evaluations, time_grid
+from .solvers import SOLVERS, evaluations, is_stochastic, start_state, time_grid
 
 __all__ = [
+    "OBJECTIVES",
     "SOLVERS",
     "Stream",
+    "VelocityObjective",
     "clean_image",
     "drop_classes",
     "evaluations",
     "fold_seed",
     "guided_velocity",
     "interpolate",
+    "is_stochastic",
     "logit_normal_times",
     "seeded_normal",
     "shift_times",
+    "start_state",
     "time_grid",
     "uniform_times",
     "velocity",
-    "velocity_loss",
 ]

@@ -18,6 +18,7 @@ class Stream(IntEnum):
     CLASS_ORDER = 4
     REFERENCE_CHOICE = 5
     FLOOR = 6
+    FRESH_NOISE = 7
 
 
 def fold_seed(*integers: int) -> int:

@@ -1,4 +1,4 @@
-"""The flow-matching path and its loss (Eq. 5), as pure functions of given random numbers.
+"""The flow-matching path (Eq. 5), as pure functions of given random numbers.
 
 Time runs from 0 (noise) to 1 (data): x_t = t x + (1 - t) eps, and the velocity is x - eps.
 """
@@ -47,9 +47,3 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
 def drop_classes(y: Tensor, u: Tensor, probability: float, null_class: int) -> Tensor:
     """Replaces labels (B,) by the null class where u, uniform in [0, 1), is below the probability."""
     return torch.where(u < probability, null_class, y)
-
-
-def velocity_loss(network: VelocityNetwork, x: Tensor, y: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error on the velocity, one value per image (B,) (Eq. 5)."""
-    v = network(interpolate(x, noise, t), t, y)
-    return (v.float() - velocity(x, noise).float()).square().flatten(1).mean(1)

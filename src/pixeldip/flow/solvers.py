@@ -5,20 +5,25 @@ step_start, the start of the step being taken, for whoever must act the same ove
 (guidance does). The state x keeps its dtype.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .objectives import VelocityObjective
 from .path import shift_times
 
 Velocity = Callable[[Tensor, float, float], Tensor]
 OnStep = Callable[[int, float, Tensor, Tensor], None]
+FreshNoise = Callable[[int], Tensor]
 
 
-def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """The steps + 1 times from 0 to 1, evenly spaced before the shift.
+def time_grid(steps: int, shift: float = 1.0, objective: VelocityObjective | None = None) -> list[float]:
+    """The steps + 1 times from noise to 1, evenly spaced in schedule time before the shift.
+
+    They begin at 0 unless the path of the objective begins later.
 
     Raises:
         UserError: unless steps >= 1 and shift > 0.
@@ -27,7 +32,13 @@ def time_grid(steps: int, shift: float = 1.0) -> list[float]:
         raise UserError(f"steps={steps}: at least one step is needed")
     if not shift > 0:
         raise UserError(f"time shift {shift}: must be above 0 (1 leaves the times as they are)")
-    return shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+    r = shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+    return (objective or VelocityObjective()).flow_time(r).tolist()
+
+
+def start_state(noise: Tensor, times: Sequence[float]) -> Tensor:
+    """The state at times[0] of a path that begins in noise of unit variance; at 0 the noise itself."""
+    return noise * math.hypot(times[0], 1 - times[0])
 
 
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep | None = None) -> Tensor:
@@ -66,7 +77,44 @@ def adams_bashforth2(velocity: Velocity, x: Tensor, times: Sequence[float], on_s
     return x
 
 
-SOLVERS: dict[str, Callable[..., Tensor]] = {"euler": euler, "heun": heun, "ab2": adams_bashforth2}
+def ddim(velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep | None = None) -> Tensor:
+    """DDIM (Song et al. 2021, eta = 0): on the straight path its step is Euler's."""
+    return euler(velocity, x, times, on_step)
+
+
+def ancestral(
+    velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep | None = None, *, noise: FreshNoise
+) -> Tensor:
+    """DDPM's sampler (Ho et al. 2020, Algorithm 2): each step replaces a part of the noise by fresh noise.
+
+    Of a step from t0 to t1, DDIM's eta = 1 (Song et al. 2021, Eq. 16) in terms of the noise-to-signal ratios
+    q = (1 - t) / t: the share of fresh variance is 1 - (q1 / q0)^2.
+
+    Args:
+        noise: fresh noise like x for step i, of unit variance.
+    """
+    for i, (t0, t1) in enumerate(zip(times, times[1:])):
+        v = velocity(x, t0, t0)
+        image = x + (1 - t0) * v
+        kept = (1 - t1) * t0 / (t1 * (1 - t0))  # q1 / q0
+        x = t1 * image + (1 - t1) * (kept * (image - v) + math.sqrt(1 - kept**2) * noise(i))
+        if on_step:
+            on_step(i, t0, x, v)
+    return x
+
+
+SOLVERS: dict[str, Callable[..., Tensor]] = {
+    "euler": euler,
+    "heun": heun,
+    "ab2": adams_bashforth2,
+    "ddim": ddim,
+    "ancestral": ancestral,
+}
+
+
+def is_stochastic(solver: str) -> bool:
+    """Whether a solver asks for fresh noise."""
+    return solver == "ancestral"
 
 
 def evaluations(solver: str, steps: int) -> int:

@@ -2,6 +2,7 @@
 
 from .dip import DiP, check_size
 from .heads import HEADS
+from .placement import PLACEMENTS
 from .presets import PRESETS, Preset
 
-__all__ = ["HEADS", "PRESETS", "DiP", "Preset", "check_size"]
+__all__ = ["HEADS", "PLACEMENTS", "PRESETS", "DiP", "Preset", "check_size"]

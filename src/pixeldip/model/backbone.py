@@ -3,6 +3,8 @@
 B batch, N patches in raster order, C image channels, P patch side, D hidden size.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,20 +46,33 @@ class Backbone(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
 
-    def forward(self, patches: Tensor, t: Tensor, y: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        patches: Tensor,
+        t: Tensor,
+        y: Tensor,
+        grid: tuple[int, int],
+        after_block: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """patches (B, N, C*P*P), t (B,), y (B,), grid (rows, columns).
 
-        Returns tokens (B, N, D), the time embedding (B, D) and the condition c (B, D).
+        Args:
+            after_block: given the number of blocks done (from 1), tokens (B, N, D), time embedding (B, D) and
+                condition (B, D), puts out the tokens that go on.
+
+        Returns:
+            Tokens (B, N, D), the time embedding (B, D) and the condition c (B, D).
         """
         time = self.time_embed(t)
         c = F.silu(time + self.class_embed(y))
         rope = rope_2d(*grid, self.head_dim, device=patches.device)
         s = self.patch_embed(patches)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks, start=1):
             if self.gradient_checkpointing and self.training:
                 s = self._gradient_checkpointing_func(block, s, c, rope)
             else:
                 s = block(s, c, rope)
+            s = after_block(i, s, time, c)
         return s, time, c
 
 

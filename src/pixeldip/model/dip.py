@@ -11,12 +11,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..errors import UserError
+from ..flow import OBJECTIVES, VelocityObjective
 from .backbone import Backbone
 from .heads import HEADS
+from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
-
-PREDICTIONS = ("velocity", "image")
-NEAREST_DATA = 0.05  # 1 - t is held above this where a predicted image is divided by it
 
 
 class DiP(ModelMixin, ConfigMixin):
@@ -31,11 +30,13 @@ class DiP(ModelMixin, ConfigMixin):
         mlp_ratio: the SwiGLU inner size is int(2 * mlp_ratio * D / 3).
         num_classes: classes; label `num_classes` is the null class. 0 makes an unconditional model.
         head: a name from `pixeldip.model.heads.HEADS`; "linear" is the DiT-only baseline.
-        head_width: base channels of the head; None for the head's own default.
-        head_depth: down/up stages of the head; None for as many as reach 1 x 1, at most 4.
-        prediction: what the head puts out: "velocity" (Eq. 5, the release), or "image", the clean image,
-            from which the velocity (image - x_t) / (1 - t) follows (JiT, Li & He 2025). A model keeps it
-            for life, and `forward` returns a velocity either way.
+        head_width: channels of the head (in the unet's first stage); None for the head's own default.
+        head_depth: of the unet, down/up stages, by default as many as reach 1 x 1, at most 4; of the others, blocks or
+            hidden layers; None for the head's own default.
+        placement: where the head stands (Fig. 5): "post", "intermediate" or "hybrid".
+        prediction: what the network puts out, a name from `pixeldip.flow.OBJECTIVES`: "velocity" (Eq. 5, the
+            release), "image", the clean image, or "noise" (Eq. 4). A model keeps it for life, and `forward`
+            returns the velocity that follows from it.
 
     Raises:
         UserError: if the sizes do not fit together.
@@ -58,6 +59,7 @@ class DiP(ModelMixin, ConfigMixin):
         head: str = "unet",
         head_width: int | None = None,
         head_depth: int | None = None,
+        placement: str = "post",
         prediction: str = "velocity",
     ):
         super().__init__()
@@ -80,53 +82,79 @@ class DiP(ModelMixin, ConfigMixin):
             )
         if head not in HEADS:
             raise UserError(f"head={head!r}: choose one of {', '.join(HEADS)}")
-        if prediction not in PREDICTIONS:
-            raise UserError(f"prediction={prediction!r}: choose one of {', '.join(PREDICTIONS)}")
+        if placement not in PLACEMENTS:
+            raise UserError(f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}")
+        if placement != "post" and (head == "linear" or depth < 2):
+            why = "DiT-only has no head to place" if head == "linear" else "needs a depth of at least 2"
+            raise UserError(f"placement={placement!r} with head={head!r} and depth={depth}: {why}")
+        if prediction not in OBJECTIVES:
+            raise UserError(f"prediction={prediction!r}: choose one of {', '.join(OBJECTIVES)}")
         patch_dim = in_channels * patch_size**2
         self.backbone = Backbone(patch_dim, hidden_size, depth, num_heads, mlp_ratio, num_classes)
+        self.injection = None
+        if placement != "post":
+            between = HEADS[head](in_channels, patch_size, hidden_size, head_width, head_depth)
+            self.injection = Injection(HEADS[head].context_type(hidden_size), between, patch_dim, hidden_size)
+        if placement == "intermediate":
+            head, head_width, head_depth = "linear", None, None
         self.context = HEADS[head].context_type(hidden_size)
         self.detailer = HEADS[head](in_channels, patch_size, hidden_size, head_width, head_depth)
 
+    @property
+    def objective(self) -> VelocityObjective:
+        """How it is trained, and the path it samples on."""
+        return OBJECTIVES[self.config.prediction]
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DiP":
-        """As in diffusers; the head's convolutions come back channels-last, as they were built."""
-        model = super().from_pretrained(*args, **kwargs)
-        model.detailer.to(memory_format=torch.channels_last)
-        return model
+        """As in diffusers; convolutions come back channels-last, as they were built."""
+        return super().from_pretrained(*args, **kwargs).to(memory_format=torch.channels_last)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DiP":
         """A freshly initialised model of a named size, for instance "dip-xl/16"; keywords override its row."""
         return cls(**{**preset_config(name), **overrides})
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, tokens_after: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity at the noisy image.
 
         Args:
             x: x_t (B, C, H, W); images lie in [-1, 1], H and W are multiples of P.
             t: (B,) times in [0, 1], 0 noise, 1 data.
             y: (B,) integer class labels; `num_classes` is the null class.
+            tokens_after: a number of blocks, 1 … depth.
 
         Returns:
-            (B, C, H, W) in x's dtype.
+            (B, C, H, W) in x's dtype; with `tokens_after` also the tokens (B, N, D) after so many blocks.
 
         Raises:
             UserError: if H or W is not a multiple of P.
         """
+        objective = self.objective
+        seen, time = objective.network_input(x, t)
+        tokens = None
+
+        def after_block(blocks: int, s: Tensor, time: Tensor, c: Tensor) -> Tensor:
+            nonlocal tokens
+            if blocks == tokens_after:
+                tokens = s
+            if self.injection is not None and blocks == self.config.depth // 2:
+                s = self.injection(patches, s, time, c)
+            return s
+
         p = self.config.patch_size
         check_size(x.shape[-2], x.shape[-1], p)
         rows, columns = x.shape[-2] // p, x.shape[-1] // p
         # (B, C, H, W) -> (B, N, C, P, P): channel-major inside a patch, patches in raster order
-        patches = x.unflatten(-1, (columns, p)).unflatten(-3, (rows, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+        patches = seen.unflatten(-1, (columns, p)).unflatten(-3, (rows, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
         patches = patches.to(self.backbone.patch_embed.weight.dtype)
-        s, time, c = self.backbone(patches.flatten(2), t, y, (rows, columns))
-        context = self.context(s, time, c)
-        v = self.detailer(patches.flatten(0, 1), context.flatten(0, 1))  # (M, C, P, P)
-        v = v.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
-        v = v.reshape(x.shape).to(x.dtype)
-        if self.config.prediction == "image":
-            v = (v - x) / (1 - t.to(x.dtype)).clamp(min=NEAREST_DATA).view(-1, 1, 1, 1)
-        return v
+        s, *conditions = self.backbone(patches.flatten(2), time, y, (rows, columns), after_block)
+        refined = refine(self.context, self.detailer, patches, s, *conditions)
+        image = refined.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        v = objective.to_velocity(image.to(x.dtype), x, t)
+        return v if tokens_after is None else (v, tokens)
 
 
 def check_size(height: int, width: int, patch_size: int) -> None:

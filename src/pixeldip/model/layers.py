@@ -111,15 +111,15 @@ def swiglu_inner(hidden_size: int, mlp_ratio: float) -> int:
 
 
 class Block(nn.Module):
-    """DiT block; `modulation` is one linear layer on the condition c = silu(t_emb + y_emb)."""
+    """DiT block; `modulation` is one linear layer on the condition, in the backbone c = silu(t_emb + y_emb)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, condition_size: int | None = None):
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)
         self.attention = Attention(hidden_size, num_heads)
         self.norm2 = RMSNorm(hidden_size)
         self.mlp = SwiGLU(hidden_size, mlp_ratio)
-        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.modulation = nn.Linear(condition_size or hidden_size, 6 * hidden_size)
 
     def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)

@@ -24,6 +24,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     pipeline: dict[str, Any],
     keep: int,
+    projector: nn.Module | None = None,
 ) -> Path:
     """Writes the checkpoint of a step, then deletes all but the newest `keep`.
 
@@ -36,6 +37,8 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     DiPPipeline(ema.model, **pipeline).save_pretrained(partial / PIPELINE)
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if projector is not None:
+        state["projector"] = projector.state_dict()
     torch.save(state, partial / TRAINING_STATE)
     for path in partial.rglob("*"):
         if path.is_file():
@@ -49,7 +52,9 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, projector: nn.Module | None = None
+) -> int:
     """Restores everything, strictly, and returns the step it was saved after.
 
     Raises:
@@ -58,6 +63,8 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
     try:
         state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"], strict=True)
+        if projector is not None:
+            projector.load_state_dict(state["projector"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
         ema.model.load_state_dict(load_file(folder / PIPELINE / "model" / SAFETENSORS_WEIGHTS_NAME), strict=True)
     except Exception as error:  # the readers raise many kinds for damaged files

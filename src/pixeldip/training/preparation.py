@@ -1,8 +1,10 @@
 """Before the first step: what is refused, what is built, what the run folder is told."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,9 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
     sizes = model_config(recipe.model, num_classes=1)
     check_size(*image_size(recipe.data), sizes["patch_size"])
     with torch.device("meta"):
-        DiP(**sizes)
+        depth = DiP(**sizes).config.depth
+    if recipe.alignment.weight and recipe.alignment.block > depth:
+        raise UserError(f"alignment.block {recipe.alignment.block}: the model has {depth} blocks")
 
 
 def model_config(section: ModelSection, num_classes: int) -> dict[str, Any]:
@@ -60,9 +64,16 @@ def model_config(section: ModelSection, num_classes: int) -> dict[str, Any]:
 
 def build_model(section: ModelSection, num_classes: int, seed: int) -> DiP:
     """A freshly initialised model, the same for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold_seed(seed, Stream.INITIALISATION))
+    with seeded_initialisation(seed):
         return DiP(**model_config(section, num_classes))
+
+
+@contextlib.contextmanager
+def seeded_initialisation(*seed: int) -> Iterator[None]:
+    """In here modules draw their first weights from the seed, and leave the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold_seed(*seed[:1], Stream.INITIALISATION, *seed[1:]))
+        yield
 
 
 def check_resume(run: Path, recipe: Recipe) -> None:

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from ..flow import Stream, drop_classes, fold_seed, logit_normal_times, shift_times, uniform_times
+from ..flow import (
+    Stream,
+    VelocityObjective,
+    drop_classes,
+    fold_seed,
+    logit_normal_times,
+    shift_times,
+    uniform_times,
+)
 from ..recipe import FlowSection, OptimizerSection
 
 
@@ -18,7 +26,9 @@ def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
     return section.lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def draw(section: FlowSection, batch: Batch, x: Tensor, null_class: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw(
+    section: FlowSection, objective: VelocityObjective, batch: Batch, x: Tensor, null_class: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Labels after class dropout (B,), noise like x, and times (B,): each row from its position in the run.
 
     So a batch split over processes, or taken up again after a crash, meets the same numbers.
@@ -29,13 +39,13 @@ def draw(section: FlowSection, batch: Batch, x: Tensor, null_class: int, seed: i
         generator.manual_seed(fold_seed(seed, Stream.OBJECTIVE, position))
         noise[i].normal_(generator=generator)
         uniforms[i].uniform_(generator=generator)
-    if section.time_distribution == "uniform":
-        t = uniform_times(uniforms[:, 0])
+    if (section.time_distribution or objective.times) == "uniform":
+        r = uniform_times(uniforms[:, 0])
     else:
-        t = logit_normal_times(uniforms[:, 0], section.time_mean, section.time_std)
+        r = logit_normal_times(uniforms[:, 0], section.time_mean, section.time_std)
     labels = batch.labels.to(x.device, non_blocking=True)
     return (
         drop_classes(labels, uniforms[:, 1], section.class_dropout, null_class),
         noise,
-        shift_times(t, section.time_shift),
+        objective.flow_time(shift_times(r, section.time_shift)),
     )

@@ -16,17 +16,25 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import __version__
 from ..data import PositionSampler, TrainingImages, batches, check_broken, open_source, report_broken
 from ..errors import UserError
-from ..flow import velocity_loss
 from ..images import from_uint8
 from ..model import DiP
 from ..processes import Processes, autocast, choose_precision, start_processes, stop_processes
 from ..provenance import command
 from ..recipe import Recipe
 from ..run_folder import newest_checkpoint
+from .alignment import AlignedDiP, Alignment, load_alignment
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EMA
+from .loss import training_loss
 from .metrics import TrainingMetrics
-from .preparation import build_model, check_recipe, check_resume, introduce, prepare_run_folder
+from .preparation import (
+    build_model,
+    check_recipe,
+    check_resume,
+    introduce,
+    prepare_run_folder,
+    seeded_initialisation,
+)
 from .preview import save_preview
 from .progress import Progress, peak_flops, training_flops
 from .schedule import draw, learning_rate
@@ -63,15 +71,21 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         if training.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         ema = EMA(model, training.ema_decay)
+        network, projector, alignment = model, None, None
+        if recipe.alignment.weight:
+            alignment = load_alignment(recipe.alignment, model.config.patch_size, processes)
+            with seeded_initialisation(training.seed, 1):
+                network = AlignedDiP(model, recipe.alignment, alignment.width).to(processes.device)
+            projector = network.projector
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            network.parameters(),
             lr=recipe.optimizer.lr,
             betas=recipe.optimizer.betas,
             weight_decay=recipe.optimizer.weight_decay,
             fused=processes.device.type in ("cpu", "cuda"),
         )
         checkpoint = newest_checkpoint(run)
-        first_step = load_checkpoint(checkpoint, model, ema, optimizer) if checkpoint else 0
+        first_step = load_checkpoint(checkpoint, model, ema, optimizer, projector) if checkpoint else 0
         if first_step >= training.steps:
             console.print(f"{run}: all {first_step} steps are done; raise --training.steps to go on", soft_wrap=True)
             return Outcome(run, first_step)
@@ -84,7 +98,9 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         metrics = None
         if recipe.evaluation.every:
             metrics = TrainingMetrics(recipe, source, model.config.patch_size, processes, console)
-        return _loop(recipe, run, model, ema, optimizer, images, metrics, processes, first_step, console)
+        return _loop(
+            recipe, run, model, network, alignment, ema, optimizer, images, metrics, processes, first_step, console
+        )
     finally:
         stop_processes()
 
@@ -93,6 +109,8 @@ def _loop(
     recipe: Recipe,
     run: Path,
     model: DiP,
+    network: DiP | AlignedDiP,
+    alignment: Alignment | None,
     ema: EMA,
     optimizer: torch.optim.Optimizer,
     images: TrainingImages,
@@ -103,9 +121,10 @@ def _loop(
 ) -> Outcome:
     training, device, source = recipe.training, processes.device, images.source
     precision = choose_precision(training.precision, device)
-    network: nn.Module = torch.compile(model) if training.compile else model
+    projector = network.projector if alignment else None
+    parallel: nn.Module = torch.compile(network) if training.compile else network
     if processes.world_size > 1:
-        network = DistributedDataParallel(network)
+        parallel = DistributedDataParallel(parallel)
     height, width = images.size
     flops = training_flops(model, height, width) if peak_flops(device) else None
     pipeline = {"height": height, "width": width, "class_names": list(source.class_names)}
@@ -119,8 +138,9 @@ def _loop(
     )
     stream = batches(images, sampler, pin_memory=device.type == "cuda")
     broken = dict(images.broken)
-    loss_sum, steps_summed = torch.zeros((), device=device), 0
-    model.train()
+    sums: dict[str, torch.Tensor] = {}
+    steps_summed = 0
+    network.train()
     with _signals() as caught, contextlib.ExitStack() as stack:
         progress = (
             stack.enter_context(Progress(run, recipe, console, first_step, processes)) if processes.is_main else None
@@ -138,14 +158,15 @@ def _loop(
                 broken |= batch.broken
                 check_broken(broken, source, recipe.data)
                 last = part == training.gradient_accumulation - 1
-                with contextlib.nullcontext() if last or processes.world_size == 1 else network.no_sync():
+                with contextlib.nullcontext() if last or processes.world_size == 1 else parallel.no_sync():
                     x = from_uint8(batch.images.to(device, non_blocking=True))
-                    y, noise, t = draw(recipe.flow, batch, x, model.config.num_classes, training.seed)
+                    y, noise, t = draw(recipe.flow, model.objective, batch, x, model.config.num_classes, training.seed)
                     with autocast(device, precision):
-                        loss = velocity_loss(network, x, y, noise, t).mean() / training.gradient_accumulation
-                    loss.backward()
-                loss_sum += loss.detach()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.gradient_clip or math.inf)
+                        losses = training_loss(parallel, model.objective, alignment, x, y, noise, t)
+                    (losses["loss"] / training.gradient_accumulation).backward()
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0) + value.detach() / training.gradient_accumulation
+            norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.gradient_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             ema.update(model, step)
@@ -156,22 +177,22 @@ def _loop(
             saves = done % training.save_every == 0 or done == training.steps
             stops = processes.any(bool(caught)) if logs or processes.world_size == 1 else False
             if logs or saves or stops:
-                mean_loss = (processes.mean(loss_sum.clone()) / steps_summed).item()
-                if not math.isfinite(mean_loss):
+                means = {name: (processes.mean(sums[name].clone()) / steps_summed).item() for name in sums}
+                if not math.isfinite(means["loss"]):
                     raise UserError(
-                        f"the loss became {mean_loss} by step {done}; nothing was saved since the last checkpoint. "
+                        f"the loss became {means['loss']} by step {done}; nothing was saved since the last checkpoint. "
                         "Lower optimizer.lr, or set training.precision fp32, and start the command again"
                     )
             if logs:
-                loss_sum.zero_()
+                sums.clear()
                 steps_summed = 0
                 if progress:
                     lr = optimizer.param_groups[0]["lr"]
-                    progress.step(done, flops, loss=mean_loss, lr=lr, gradient_norm=round(norm.item(), 6))
+                    progress.step(done, flops, **means, lr=lr, gradient_norm=round(norm.item(), 6))
             began = time.perf_counter()
             if progress:
                 if saves or stops:
-                    save_checkpoint(run, done, model, ema, optimizer, pipeline, training.keep_last)
+                    save_checkpoint(run, done, model, ema, optimizer, pipeline, training.keep_last, projector)
                 if recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps):
                     with autocast(device, precision):
                         save_preview(run, done, ema.model, pipeline, recipe.preview)

@@ -19,8 +19,10 @@ MAX_DEFAULT_DEPTH = 4
 class UNetHead(nn.Module):
     """`depth` stages down and up, `width` channels in the first; the context joins at the bottleneck.
 
+    A side that is odd at some stage is rounded up when it is halved, and cut again on the way up.
+
     Raises:
-        UserError: if P cannot be halved `depth` times.
+        UserError: if the patch is down to one pixel before `depth` stages.
     """
 
     context_type = TimeContext
@@ -30,14 +32,14 @@ class UNetHead(nn.Module):
     ):
         super().__init__()
         width = DEFAULT_WIDTH if width is None else width
-        halvings = (patch_size & -patch_size).bit_length() - 1
+        halvings = (patch_size - 1).bit_length()  # until one pixel is left
         depth = min(halvings, MAX_DEFAULT_DEPTH) if depth is None else depth
         if not 1 <= depth <= halvings:
             raise UserError(
                 f"head_depth={depth}: the unet head halves the patch at every stage, and patch_size={patch_size} "
                 f"can be halved {halvings} times; give a head_depth from 1 to {halvings}"
                 if halvings
-                else f"patch_size={patch_size} is odd: the unet head needs an even patch size"
+                else "patch_size=1: the unet head needs at least 2"
             )
         widths = [width * 2**i for i in range(depth)]
         merged = [widths[0], *widths[:-1]]
@@ -64,9 +66,10 @@ class UNetHead(nn.Module):
         for down in self.down:
             h = F.silu(down(h))
             skips.append(h)
-            h = F.max_pool2d(h, 2)
+            h = F.max_pool2d(h, 2, ceil_mode=True)
         context = context[:, :, None, None].expand(-1, -1, *h.shape[-2:])
         h = F.silu(self.bottleneck(torch.cat([h, context], dim=1)))
         for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
-            h = F.silu(merge(torch.cat([up(h), skip], dim=1)))
+            height, width = skip.shape[-2:]
+            h = F.silu(merge(torch.cat([up(h)[..., :height, :width], skip], dim=1)))
         return self.out(h)

@@ -1,0 +1,93 @@
+"""What a network is trained to put out, and on which path (Sec. 3.1).
+
+Every Gaussian path a x + s eps is the straight path x_t = t x + (1 - t) eps in other coordinates: divide the
+state by a + s, and t = a / (a + s). So an objective is a change of coordinates around the network, and every
+network is a velocity on the straight path: the solvers and the guidance need not know which it is.
+"""
+
+import torch
+from torch import Tensor
+
+from .path import interpolate, velocity
+
+NEAREST_DATA = 0.05  # 1 - t is held above this where a predicted image is divided by it
+VP_BETA_0, VP_BETA_1 = 0.1, 20.0
+VP_NOISIEST = 0.0065  # just below the t of r = 0, where the variance-preserving path begins
+
+
+class VelocityObjective:
+    """Flow matching, Eq. 5: the network puts out the velocity x - eps. The release's, and the default."""
+
+    times = "logit_normal"
+    """How times are drawn in training unless a recipe says otherwise."""
+
+    def flow_time(self, r: Tensor) -> Tensor:
+        """t of schedule times r in [0, 1]: training draws r, and solvers step evenly in r."""
+        return r
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network sees of x_t (B, C, H, W) and t (B,)."""
+        return x_t, t
+
+    def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The velocity that follows from the network's output, all (B, C, H, W), at t (B,)."""
+        return output
+
+    def loss(self, v: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """One value per image (B,) for the velocity v (B, C, H, W) at x_t = t x + (1 - t) eps."""
+        return (v.float() - velocity(x, noise).float()).square().flatten(1).mean(1)
+
+
+class ImageObjective(VelocityObjective):
+    """The network puts out the clean image; the loss is Eq. 5's, on the velocity (image - x_t) / (1 - t) that
+    follows from it (JiT, Li & He 2025)."""
+
+    def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return (output - x_t) / (1 - _like(t, x_t)).clamp(min=NEAREST_DATA)
+
+
+class NoiseObjective(VelocityObjective):
+    """Noise prediction on the variance-preserving path, Eqs. 1 and 4.
+
+    At schedule time r, Eq. 1's alpha_bar is exp(-(b0 u + (b1 - b0) u^2 / 2)) with u = 1 - r, b0 = 0.1 and b1 = 20:
+    DDPM's schedule (Ho et al. 2020) in continuous time (Song et al. 2021). At u = k / 1000 it is Eq. 1 with
+    beta_k = 1 - alpha_bar_k / alpha_bar_(k-1), from 1.1e-4 to 0.02. Euler's method in these coordinates is DDIM.
+    """
+
+    times = "uniform"
+
+    def flow_time(self, r: Tensor) -> Tensor:
+        u = 1 - r
+        noise_to_signal = torch.expm1(VP_BETA_0 * u + (VP_BETA_1 - VP_BETA_0) / 2 * u.square()).sqrt()
+        return 1 / (1 + noise_to_signal)
+
+    def schedule_time(self, t: Tensor) -> Tensor:
+        """The inverse of `flow_time`; 0 for all that is noisier than the path's beginning."""
+        integral = torch.log1p(((1 - t) / t.clamp(min=1e-6)).square())
+        slope = VP_BETA_1 - VP_BETA_0
+        u = ((VP_BETA_0**2 + 2 * slope * integral).sqrt() - VP_BETA_0) / slope
+        return (1 - u).clamp(min=0)
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 1's state, of unit variance for data of unit variance, and r."""
+        t_image = _like(t, x_t)
+        return x_t * torch.rsqrt(t_image.square() + (1 - t_image).square()), self.schedule_time(t)
+
+    def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return (x_t - output) / _like(t, x_t).clamp(min=VP_NOISIEST)
+
+    def loss(self, v: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Eq. 4's squared error of the noise, which is t^2 times that of the velocity."""
+        x_t, t_image = interpolate(x, noise, t), _like(t, x)
+        return (x_t.float() - t_image * v.float() - noise.float()).square().flatten(1).mean(1)
+
+
+OBJECTIVES: dict[str, VelocityObjective] = {
+    "velocity": VelocityObjective(),
+    "image": ImageObjective(),
+    "noise": NoiseObjective(),
+}
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(-1, 1, 1, 1).to(x.dtype)

@@ -1,0 +1,64 @@
+"""Intra-patch attention (Sec. 3.4): a small transformer over the pixels of a patch.
+
+M = B * N patches, C channels, P patch side, D hidden size, w width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..backbone import TimeContext
+from ..layers import Block, RMSNorm, rope_2d
+from .pixels import POSITION_FEATURES, from_pixels, position_features, to_pixels
+
+DEFAULT_WIDTH = 64
+DEFAULT_DEPTH = 4
+PIXEL_HEAD_DIM = 16
+MLP_RATIO = 4.0
+
+
+class AttentionHead(nn.Module):
+    """`depth` transformer blocks, `width` wide, over the P*P pixels of a patch; the context modulates each block.
+
+    Pixels know their place from PixNerd's position features and rotary positions.
+
+    Raises:
+        UserError: unless the width is a multiple of 16, the size of an attention head.
+    """
+
+    context_type = TimeContext
+
+    def __init__(
+        self, in_channels: int, patch_size: int, hidden_size: int, width: int | None = None, depth: int | None = None
+    ):
+        super().__init__()
+        width = DEFAULT_WIDTH if width is None else width
+        if width % PIXEL_HEAD_DIM:
+            raise UserError(f"head_width={width}: the attention head needs a multiple of {PIXEL_HEAD_DIM}")
+        self.embed = nn.Linear(in_channels + POSITION_FEATURES, width)
+        self.blocks = nn.ModuleList(
+            Block(width, width // PIXEL_HEAD_DIM, MLP_RATIO, condition_size=hidden_size)
+            for _ in range(DEFAULT_DEPTH if depth is None else depth)
+        )
+        self.norm = RMSNorm(width)
+        self.out = nn.Linear(width, in_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.out.weight, std=0.01 * self.out.in_features**-0.5)
+
+    def forward(self, patch: Tensor, context: Tensor) -> Tensor:
+        """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P)."""
+        p = patch.shape[-1]
+        pixels = to_pixels(patch)  # (M, P*P, C)
+        positions = position_features(p, patch.device).to(pixels.dtype)
+        h = self.embed(torch.cat([pixels, positions.expand(len(pixels), -1, -1)], dim=-1))
+        rope = rope_2d(p, p, PIXEL_HEAD_DIM, device=patch.device)
+        for block in self.blocks:
+            h = block(h, context, rope)
+        return from_pixels(self.out(self.norm(h)), patch.shape)
