@@ -23,6 +23,7 @@ ORDER = [
     "evaluation",
     "training",
     "report",
+    "studies",
     "demo",
     "convert",
     "cli",

@@ -172,6 +172,42 @@ def evaluate(arguments: list[str]) -> int:
 
 
 @dataclass
+class StudyArguments:
+    """Repeat a study of the paper at the scale you can afford; the same command goes on where it stopped."""
+
+    name: tyro.conf.Positional[str] = tyro.MISSING
+    """heads, scaling, placement, head-config, patch-size (comparisons), overfit or features."""
+    scale: Literal["laptop", "gpu", "paper"] = "laptop"
+    """laptop: an hour at most on 2 cores; gpu: 25 minutes of one large GPU; paper: the full recipe, for a cluster."""
+    out: Path | None = None
+    """Folder of the runs and the report; None: runs/study-NAME-SCALE."""
+    data: str = ""
+    """Training images, as for train; by default the bundled emoji, of which there are only 40."""
+    split: str = "train"
+    held_out: str = ""
+    """Images that are not trained on; by default another split of the training images' source."""
+    held_out_split: str = "test"
+    reference: str = ""
+    """A reference .npz to measure distances to, in place of the held-out images."""
+    image: Path | None = None
+    """The photograph of overfit; by default the bundled one."""
+    seeds: Positive = 3
+    """Trainings of every contender, with seeds 0, 1, 2 …"""
+    steps: Positive | None = None
+    """Optimizer steps of each training; by default the scale's."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+def study(arguments: list[str]) -> int:
+    """Repeat a study of the paper: train contenders, measure them, write one report."""
+    parsed = tyro.cli(StudyArguments, prog="pixeldip study", args=arguments)
+    check_flags(parsed)
+    from .studies import study_command
+
+    return study_command(parsed)
+
+
+@dataclass
 class ConvertArguments:
     """Turn an authors' checkpoint, of DiP or of PixNerd, into a model folder."""
 
@@ -199,6 +235,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "sample": sample,
     "evaluate": evaluate,
+    "study": study,
     "convert": convert,
 }
 

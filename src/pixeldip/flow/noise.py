@@ -19,6 +19,7 @@ class Stream(IntEnum):
     REFERENCE_CHOICE = 5
     FLOOR = 6
     FRESH_NOISE = 7
+    VALIDATION = 8
 
 
 def fold_seed(*integers: int) -> int:

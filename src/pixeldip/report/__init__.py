@@ -80,8 +80,8 @@ def demo_page(
         {"t": f"{t:.2f}", "image": data_uri(grid([image], 1, scale=display_scale(width, 104)))}
         for t, image in denoising
     ]
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("pixeldip", "report"), autoescape=True)
-    return templates.get_template("demo.html").render(
+    return render(
+        "demo.html",
         facts=facts,
         rows=rows,
         path=path,
@@ -160,6 +160,16 @@ def loss_curve(metrics: Sequence[Mapping[str, float]]) -> str:
     axes.grid(which="both", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return to_svg(figure)
+
+
+def render(template: str, **content: Any) -> str:
+    """A template of this folder, filled in; HTML ones escape what is put in."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("pixeldip", "report"),
+        autoescape=jinja2.select_autoescape(("html",)),
+        keep_trailing_newline=True,
+    )
+    return templates.get_template(template).render(**content)
 
 
 def to_svg(figure: Figure) -> str:

@@ -1,0 +1,46 @@
+"""What `pixeldip study` does with its arguments."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import UserError
+from ..processes import keep_freed_memory
+from .comparison import ComparisonOptions, run_comparison
+from .comparisons import COMPARISONS
+from .overfit import OVERFIT, run_overfit
+from .study import Study
+
+STUDIES: dict[str, Study] = {**COMPARISONS, OVERFIT.name: OVERFIT}
+
+
+def study_command(arguments: Any) -> int:
+    """Args: arguments: the command line's `StudyArguments`. Returns the exit status.
+
+    Raises:
+        UserError: for every mistake in the arguments or files.
+    """
+    name = arguments.name
+    if name not in STUDIES:
+        near = difflib.get_close_matches(name, STUDIES, n=1)
+        raise UserError(f"no study {name!r}; " + (f"perhaps {near[0]}" if near else f"there are {', '.join(STUDIES)}"))
+    keep_freed_memory()
+    out = arguments.out or Path("runs") / f"study-{name}-{arguments.scale}"
+    console = Console()
+    if name == OVERFIT.name:
+        return run_overfit(out, arguments.scale, arguments.image, arguments.steps, arguments.device, console)
+    options = ComparisonOptions(
+        out,
+        arguments.scale,
+        arguments.data,
+        arguments.split,
+        arguments.held_out,
+        arguments.held_out_split,
+        arguments.reference,
+        arguments.seeds,
+        arguments.steps,
+        arguments.device,
+    )
+    return run_comparison(COMPARISONS[name], options, console)

@@ -1,0 +1,217 @@
+"""The page about a comparison, as HTML and Markdown: a table, plots with error bars, samples, commands."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ..images import display_scale
+from ..report import ACCENT, data_uri, render, to_svg
+from ..terminal import clock
+from .folder import SETTINGS, read_json
+from .study import Contender, Study
+
+LOSS = "validation_loss"
+ERRORS_APART = 2.0
+"""Standard errors of the paired difference from which two contenders count as different."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender's results, one entry per seed, and its cost."""
+
+    contender: Contender
+    results: list[dict[str, Any]]
+    cost: dict[str, float]
+    samples: Path
+
+    def values(self, measure: str) -> list[float]:
+        """A measure by seed."""
+        return [r[LOSS] if measure == LOSS else r["metrics"][measure] for r in self.results]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column: how it is named, how it is shown, and what real images score."""
+
+    name: str
+    label: str
+    scale: float
+    digits: int
+    lower_is_better: bool
+    floor: float | None
+
+    def text(self, values: Sequence[float]) -> str:
+        """mean ± standard deviation over seeds."""
+        spread = f" ± {self.scale * statistics.stdev(values):.{self.digits}f}" if len(values) > 1 else ""
+        return f"{self.scale * statistics.fmean(values):.{self.digits}f}{spread}".replace("-", "−")
+
+
+def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds: int) -> Path:
+    """Writes report.html, report.md and its figures into the study's folder; returns the HTML page."""
+    costs, settings = read_json(out / "costs.json"), read_json(out / SETTINGS)
+    rows = []
+    for contender in contenders:
+        folders = [out / "runs" / f"{contender.name}-seed{seed}" for seed in range(seeds)]
+        results = [read_json(folder / "result.json") for folder in folders]
+        rows.append(Row(contender, results, costs["costs"][contender.name], folders[0] / "samples.png"))
+    measures = _measures(rows)
+    figures = {"measures.svg": to_svg(_dots(rows, measures)), "loss-by-time.svg": to_svg(_loss_by_time(rows))}
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, svg in figures.items():
+        (folder / name).write_text(svg, encoding="utf-8")
+    samples = []
+    for row in rows:
+        picture = Image.open(row.samples)
+        scale = display_scale(picture.width // 9, 64)
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        name = f"samples-{row.contender.name}.png"
+        picture.save(folder / name, optimize=True)
+        samples.append((row.contender.label, f"figures/{name}", data_uri(picture)))
+    content = {
+        "study": study,
+        "scale": settings["scale"],
+        "facts": _facts(settings, rows, costs),
+        "head": ["", *(m.label for m in measures), "parameters", "GFLOPs", "guided step", "training"],
+        "table": [_cells(row, measures, rows) for row in rows],
+        "floors": ["real images", *(_floor(m) for m in measures), "", "", "", ""],
+        "orders": [(m.label, _order(rows, m)) for m in measures if m.lower_is_better],
+        "paper": _paper(contenders),
+        "figures": figures,
+        "samples": samples,
+        "warnings": sorted({warning for row in rows for result in row.results for warning in result["warnings"]}),
+        "commands": _commands(settings, rows),
+        "seeds": seeds,
+    }
+    (out / "report.md").write_text(render("comparison.md", **content), encoding="utf-8")
+    page = out / "report.html"
+    page.write_text(render("comparison.html", **content), encoding="utf-8")
+    return page
+
+
+def _measures(rows: Sequence[Row]) -> list[Measure]:
+    first = rows[0].results[0]
+    measures = [Measure(LOSS, "validation loss", 1, 4, True, None)]
+    for name in first["metrics"]:
+        floor = first["floors"].get(name, {}).get("real")
+        kernel = name.startswith("kid")
+        label = first["labels"][name]
+        lower = name not in ("is", "precision", "recall", "boundary", "nearest")
+        measures.append(Measure(name, label, 1000 if kernel else 1, 1 if lower else 3, lower, floor))
+    return measures
+
+
+def _cells(row: Row, measures: Sequence[Measure], rows: Sequence[Row]) -> list[str]:
+    rate = statistics.median(result["images_per_second"] for result in row.results)
+    fastest = min(r.cost["latency"] for r in rows)
+    return [
+        row.contender.label,
+        *(m.text(row.values(m.name)) for m in measures),
+        f"{row.cost['parameters'] / 1e6:.2f} M",
+        f"{row.cost['flops'] / 1e9:.3g}",
+        f"{1e3 * row.cost['latency']:.3g} ms (×{row.cost['latency'] / fastest:.2f})",
+        f"{rate:.3g} images/s",
+    ]
+
+
+def _floor(measure: Measure) -> str:
+    return "" if measure.floor is None else measure.text([measure.floor])
+
+
+def _order(rows: Sequence[Row], measure: Measure) -> str:
+    """Best first; ≈ where neighbours differ by less than two standard errors, seed by seed."""
+    ranked = sorted(rows, key=lambda row: statistics.fmean(row.values(measure.name)))
+    text = ranked[0].contender.label
+    for better, worse in zip(ranked, ranked[1:]):
+        apart = differ(better.values(measure.name), worse.values(measure.name))
+        text += f" {'>' if apart else '≈' if apart is False else '?'} {worse.contender.label}"
+    return text
+
+
+def differ(a: Sequence[float], b: Sequence[float]) -> bool | None:
+    """Whether two contenders differ by more than the seeds explain; None with fewer than two seeds."""
+    if len(a) < 2:
+        return None
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return abs(statistics.fmean(differences)) > ERRORS_APART * error
+
+
+def _paper(contenders: Sequence[Contender]) -> list[list[str]]:
+    columns = list(dict.fromkeys(column for c in contenders for column in c.paper))
+    if not columns:
+        return []
+    return [["", *columns], *([c.label, *(str(c.paper.get(column, "")) for column in columns)] for c in contenders)]
+
+
+def _facts(settings: dict[str, Any], rows: Sequence[Row], costs: dict[str, Any]) -> dict[str, str]:
+    recipe, environment = settings["recipe"], rows[0].results[0]["environment"]
+    training, evaluation = recipe["training"], recipe["evaluation"]
+    resolution = recipe["data"]["resolution"]
+    size = f"{resolution}×{resolution}" if isinstance(resolution, int) else "×".join(map(str, resolution))
+    held_out = settings["held_out"]
+    total = sum(training["steps"] * training["batch_size"] / r["images_per_second"] for w in rows for r in w.results)
+    return {
+        "Data": f"{recipe['data']['source']}, split {recipe['data']['split']}, at {size}; held out: "
+        f"{held_out['source']}, split {held_out['split']}",
+        "Training": f"{training['steps']} steps of {training['batch_size']} images, the same for all; "
+        f"learning rate {recipe['optimizer']['lr']:g}, {recipe['optimizer']['schedule']}; {clock(total)} in all",
+        "Samples": f"{evaluation['images']} of each run: {evaluation['solver']}, {evaluation['steps']} steps, guidance "
+        f"{evaluation['guidance']:g}",
+        "Machine": f"{environment['device']}, {environment['threads']} threads; torch {environment['torch']}, "
+        f"pixeldip {environment['pixeldip']}; latency measured in one run, in turn, with initial weights",
+    }
+
+
+def _commands(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    first = rows[0].results[0]["recipe"]["out"]
+    runs = dict.fromkeys(r["command"] for row in rows for r in row.results)
+    return [*runs, f"pixeldip train {first}/recipe.yaml   # one run again; recipe.yaml is in every run's folder"]
+
+
+def _dots(rows: Sequence[Row], measures: Sequence[Measure]) -> Figure:
+    figure = Figure(figsize=(3.1 * len(measures) + 1.5, 0.42 * len(rows) + 1.1), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    places = range(len(rows), 0, -1)
+    for axes, measure in zip(panels, measures):
+        for place, row in zip(places, rows):
+            values = [measure.scale * value for value in row.values(measure.name)]
+            spread = statistics.stdev(values) if len(values) > 1 else 0
+            axes.plot(values, [place] * len(values), "o", color=ACCENT, alpha=0.35, markersize=4, markeredgewidth=0)
+            axes.errorbar(statistics.fmean(values), place, xerr=spread, fmt="o", color=ACCENT, capsize=3, markersize=6)
+        if measure.floor is not None:
+            axes.axvline(measure.scale * measure.floor, color="#888", linestyle=":", linewidth=1.2)
+        direction = "lower is better" if measure.lower_is_better else "dotted: real images"
+        axes.set_title(f"{measure.label}\n{direction}", fontsize=9)
+        axes.grid(axis="x", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    panels[0].set_yticks(list(places), [row.contender.label for row in rows])
+    panels[0].set_ylim(0.4, len(rows) + 0.6)
+    return figure
+
+
+def _loss_by_time(rows: Sequence[Row]) -> Figure:
+    """Each contender's loss over the mean of all of them, so that differences show at every noise level."""
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    curves = []
+    for row in rows:
+        losses = [result["validation_losses"] for result in row.results]
+        curves.append([statistics.fmean(one[t] for one in losses) for t in losses[0]])
+    times = [float(t) for t in rows[0].results[0]["validation_losses"]]
+    mean = [statistics.fmean(values) for values in zip(*curves)]
+    for row, curve in zip(rows, curves):
+        ratio = [value / middle for value, middle in zip(curve, mean)]
+        axes.plot(times, ratio, "o-", markersize=3, linewidth=1.4, label=row.contender.label)
+    axes.set(xlabel="t (0 noise, 1 image)", ylabel="loss / mean of all contenders")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

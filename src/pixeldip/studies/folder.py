@@ -1,0 +1,43 @@
+"""A study's folder: what it says about itself, and files that are complete or not there."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..provenance import made_by
+from ..run_folder import check_writable
+
+SETTINGS = "study.json"
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder and says in it which study it holds.
+
+    Raises:
+        UserError: if it holds another one, or cannot be written.
+    """
+    path = out / SETTINGS
+    check_writable(path)
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    theirs = read_json(path)
+    for key, value in json.loads(json.dumps(settings)).items():
+        if theirs.get(key) != value:
+            raise UserError(
+                f"{out} holds a study with another {key}: give the same arguments, or another folder with --out"
+            )
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """In one step, with the program and the command that made it."""
+    partial = path.with_name(f".{path.name}.partial")
+    text = json.dumps({**made_by(), **values}, indent=2, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

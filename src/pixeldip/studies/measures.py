@@ -1,0 +1,132 @@
+"""What is measured of a trained contender: its loss on held-out images, its samples, its cost."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data import Source
+from ..evaluation import Evaluator
+from ..evaluation.image_sets import SourceImages
+from ..flow import OBJECTIVES, Stream, fold_seed, interpolate, seeded_normal
+from ..images import from_uint8
+from ..model import DiP
+from ..pipeline import DiPPipeline
+from ..processes import Processes, autocast, choose_precision
+from ..recipe import Recipe, image_size
+from ..run_folder import read_metrics
+from ..sampling import SampledImages
+from ..training.preparation import model_config
+
+TIMES = tuple((i + 0.5) / 10 for i in range(10))
+"""Where the validation loss is taken: 0.05, 0.15 … 0.95."""
+VALIDATION_IMAGES = 512
+BATCH = 64
+LATENCY_ROUNDS = 7
+
+
+@torch.no_grad()
+def validation_losses(
+    model: DiP, images: SourceImages, device: torch.device, precision: torch.dtype
+) -> dict[str, float]:
+    """The velocity loss (Eq. 5) at each of `TIMES`, on the first 512 images, with noise that is always the same.
+
+    It is the velocity's for every objective, so that they can be compared.
+    """
+    sums = {t: 0.0 for t in TIMES}
+    count = min(len(images), VALIDATION_IMAGES)
+    null_class = model.config.num_classes
+    for start in range(0, count, BATCH):
+        stop = min(start + BATCH, count)
+        pixels = torch.from_numpy(images.read(start, stop)).permute(0, 3, 1, 2)
+        x = from_uint8(pixels.to(device))
+        labels = [null_class] * len(x) if images.labels is None else images.labels[start:stop].tolist()
+        y = torch.tensor(labels, device=device)
+        for k, time_ in enumerate(TIMES):
+            seeds = [fold_seed(Stream.VALIDATION, i, k) for i in range(start, stop)]
+            noise = seeded_normal(seeds, x.shape[1:], device)
+            t = x.new_full((len(x),), time_)
+            with autocast(device, precision):
+                v = model(interpolate(x, noise, t), t, y)
+            sums[time_] += OBJECTIVES["velocity"].loss(v, x, noise, t).sum().item()
+    return {f"{t:g}": total / count for t, total in sums.items()}
+
+
+def measure_quality(
+    pipeline: DiPPipeline, recipe: Recipe, held_out: Source, processes: Processes, console: Console
+) -> dict[str, Any]:
+    """Validation losses and the evaluation suite's numbers, with their floors. All processes take part."""
+    size = image_size(recipe.data)
+    precision = choose_precision(recipe.training.precision, processes.device)
+    section = recipe.evaluation
+    real = SourceImages(held_out, "held-out images", size, allow_enlarging=True, skip_broken=True)
+    losses = validation_losses(pipeline.model, real, processes.device, precision)
+    samples = SampledImages(
+        pipeline, section, range(section.images), order_seed=0, precision=precision, name=recipe.out
+    )
+    options = dataclasses.replace(section, patch_size=pipeline.model.config.patch_size)
+    evaluation = Evaluator(options, *size, processes, console, None if section.reference else real).evaluate(samples)
+    return {
+        "validation_loss": statistics.fmean(losses.values()),
+        "validation_losses": losses,
+        "metrics": evaluation.metrics,
+        "floors": evaluation.floors,
+        "labels": evaluation.record["labels"],
+        "warnings": evaluation.warnings,
+    }
+
+
+def training_rate(run: Path) -> float:
+    """Images per second of a run: the median over its logged steps, so that a busy minute does not count."""
+    return statistics.median(entry["images_per_second"] for entry in read_metrics(run))
+
+
+def measure_costs(recipes: Mapping[str, Recipe], num_classes: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Parameters, FLOPs and latency of contenders by name, in turn, so that all meet the same machine.
+
+    Returns:
+        "parameters"; "flops" of one image's forward pass; "latency", seconds of one guided step of one image (both
+        branches, batch 2), the median of several rounds, and "latency_spread", half of its interquartile range.
+    """
+    steps: dict[str, Callable[[], Any]] = {}
+    costs: dict[str, dict[str, float]] = {}
+    for name, recipe in recipes.items():
+        model = DiP(**model_config(recipe.model, num_classes)).eval().to(device)
+        steps[name] = _guided_step(model, recipe, device)
+        with FlopCounterMode(display=False) as counter:
+            steps[name]()
+        costs[name] = {"parameters": model.num_parameters(), "flops": counter.get_total_flops() / 2}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(LATENCY_ROUNDS + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if round_:  # the first one warms up
+                seconds[name].append(time.perf_counter() - began)
+    for name, taken in seconds.items():
+        low, middle, high = statistics.quantiles(taken, n=4)
+        costs[name] |= {"latency": middle, "latency_spread": (high - low) / 2}
+    return costs
+
+
+def _guided_step(model: DiP, recipe: Recipe, device: torch.device) -> Callable[[], Tensor]:
+    x = torch.randn(2, model.config.in_channels, *image_size(recipe.data), device=device)
+    t, y = torch.full((2,), 0.5, device=device), torch.zeros(2, dtype=torch.long, device=device)
+    precision = choose_precision(recipe.training.precision, device)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        with autocast(device, precision):
+            v = model(x, t, y)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return v
+
+    return step

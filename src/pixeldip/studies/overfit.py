@@ -1,0 +1,204 @@
+"""One photograph, overfitted (Fig. 3): what the DiT-only network cannot paint, and how fast DiP does."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from ..data import BrokenImage, centre_crop, decode
+from ..errors import UserError
+from ..processes import start_processes, stop_processes
+from ..provenance import environment
+from ..recipe import Recipe, image_size, load_recipe, recipe_values
+from ..report import data_uri, render, to_svg
+from ..run_folder import PREVIEWS, read_metrics
+from ..terminal import clock
+from ..training import train
+from .comparisons import dit, unet
+from .folder import claim, read_json, write_json
+from .study import Contender, Scale, Study, changed, contender_recipe
+
+PHOTO = "red-panda.jpg"
+RESULT = "result.json"
+ZOOM = 4
+"""The zoom shows the middle of the image, 1 / ZOOM of its sides."""
+
+
+def contenders(scale: Scale) -> tuple[Contender, ...]:
+    return dataclasses.replace(dit(scale), paper={}), dataclasses.replace(unet(scale, "dip", "DiP"), paper={})
+
+
+OVERFIT = Study(
+    "overfit",
+    "Overfitting one photograph",
+    "Can the network paint every detail of a single image?",
+    "Fig. 3",
+    "DiT-only gets layout and colours but stays blurry; with the head, details come, and come sooner.",
+    contenders,
+)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 images; infinite if they are equal."""
+    error = np.square(a.astype(np.float64) - b).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def run_overfit(out: Path, scale: Scale, image: Path | None, steps: int | None, device: str, console: Console) -> int:
+    """Trains both networks on the photograph, writes the report; returns the exit status.
+
+    Raises:
+        UserError: if the photograph cannot be read, or the folder holds a study of other settings.
+    """
+    photo = _photo(image)
+    base = load_recipe(f"overfit-{scale}")
+    base = changed(base, "training", {"device": device, **({"steps": steps} if steps else {})})
+    source = out / "photo"
+    base = changed(base, "data", {"source": str(source)})
+    claim(out, {"study": OVERFIT.name, "scale": scale, "photo": photo.name, "recipe": recipe_values(base)})
+    source.mkdir(exist_ok=True)
+    shutil.copyfile(photo, source / photo.name)
+    for contender in OVERFIT.contenders(scale):
+        folder = out / "runs" / contender.name
+        if (folder / RESULT).is_file():
+            continue
+        console.rule(contender.label, align="left")
+        recipe = contender_recipe(base, contender, 0, str(folder))
+        outcome = train(recipe, console)
+        if outcome.interrupted_by is not None:
+            return 128 + outcome.interrupted_by
+        _measure(folder, recipe, source / photo.name, contender)
+    page = _write_report(out, scale, source / photo.name)
+    console.print(f"done; open {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _photo(image: Path | None) -> Path:
+    path = image or Path(str(resources.files(__package__) / "bundled" / PHOTO))
+    try:
+        decode(path.read_bytes())
+    except (OSError, BrokenImage) as error:
+        raise UserError(f"--image {path}: {getattr(error, 'strerror', None) or error}") from error
+    return path
+
+
+def previews(run: Path, height: int, width: int, count: int) -> dict[int, list[np.ndarray]]:
+    """The images of a run's previews by step: sampled from the averaged weights, with seeds 0, 1 …"""
+    columns, gap = math.isqrt(count), 2
+    found = {}
+    for path in sorted((run / PREVIEWS).glob("step-*.png")):
+        sheet = np.asarray(Image.open(path).convert("RGB"))
+        places = [(i // columns * (height + gap), i % columns * (width + gap)) for i in range(count)]
+        found[int(path.stem.removeprefix("step-"))] = [
+            sheet[top : top + height, left : left + width] for top, left in places
+        ]
+    return found
+
+
+def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender) -> None:
+    processes = start_processes(recipe.training.device)
+    try:
+        if processes.is_main:
+            size = image_size(recipe.data)
+            target = centre_crop(decode(photo.read_bytes()), *size)
+            images = previews(folder, *size, recipe.preview.images)
+            curve = {step: float(np.mean([psnr(i, target) for i in taken])) for step, taken in images.items()}
+            Image.fromarray(images[max(images)][0]).save(folder / "reconstruction.png")
+            entries = read_metrics(folder)
+            rate = float(np.median([entry["images_per_second"] for entry in entries]))
+            write_json(
+                folder / RESULT,
+                {
+                    "contender": contender.name,
+                    "psnr": curve,
+                    "loss": {entry["step"]: entry["loss"] for entry in entries},
+                    "images_per_second": rate,
+                    "recipe": recipe_values(recipe),
+                    "environment": environment(processes),
+                },
+            )
+        processes.barrier()
+    finally:
+        stop_processes()
+
+
+def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
+    named = OVERFIT.contenders(scale)
+    results = {c.label: read_json(out / "runs" / c.name / RESULT) for c in named}
+    pictures = {c.label: Image.open(out / "runs" / c.name / "reconstruction.png") for c in named}
+    first = next(iter(results.values()))
+    recipe, machine = first["recipe"], first["environment"]
+    side = pictures[named[0].label].size
+    pictures["The photograph"] = Image.fromarray(centre_crop(decode(photo.read_bytes()), side[1], side[0]))
+    figures = out / "figures"
+    figures.mkdir(exist_ok=True)
+    shown = []
+    for label, picture in pictures.items():
+        enlarged, zoom = _enlarged(picture), _enlarged(_zoom(picture))
+        name = label.lower().replace(" ", "-")
+        enlarged.save(figures / f"{name}.png", optimize=True)
+        zoom.save(figures / f"{name}-zoom.png", optimize=True)
+        shown.append((label, name, data_uri(enlarged), data_uri(zoom)))
+    curve = to_svg(_curve(results))
+    (figures / "psnr.svg").write_text(curve, encoding="utf-8")
+    training = recipe["training"]
+    content: dict[str, Any] = {
+        "study": OVERFIT,
+        "scale": scale,
+        "shown": shown,
+        "curve": curve,
+        "table": [_row(label, result, training) for label, result in results.items()],
+        "facts": {
+            "Photograph": f"{photo.name}, cropped and scaled to {side[0]}×{side[1]}",
+            "Training": f"{training['steps']} steps of {training['batch_size']} times the photograph, each with its own noise and "
+            "time, the same for both; one seed",
+            "Reconstruction": f"samples from pure noise, {recipe['preview']['solver']}, {recipe['preview']['steps']} "
+            f"steps, averaged weights; PSNR is the mean over {recipe['preview']['images']} seeds",
+            "Machine": f"{machine['device']}, {machine['threads']} threads; torch {machine['torch']}, "
+            f"pixeldip {machine['pixeldip']}",
+        },
+        "commands": list(dict.fromkeys(result["command"] for result in results.values())),
+    }
+    (out / "report.md").write_text(render("overfit.md", **content), encoding="utf-8")
+    page = out / "report.html"
+    page.write_text(render("overfit.html", **content), encoding="utf-8")
+    return page
+
+
+def _row(label: str, result: dict[str, Any], training: dict[str, Any]) -> list[str]:
+    curve = {int(step): value for step, value in result["psnr"].items()}
+    half = curve[min(curve, key=lambda step: abs(step - training["steps"] / 2))]
+    seconds = training["steps"] * training["batch_size"] / result["images_per_second"]
+    return [label, f"{half:.1f} dB", f"{curve[max(curve)]:.1f} dB", clock(seconds)]
+
+
+def _zoom(picture: Image.Image) -> Image.Image:
+    width, height = (side // ZOOM for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def _enlarged(picture: Image.Image, target: int = 360) -> Image.Image:
+    scale = max(1, round(target / picture.width))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _curve(results: dict[str, dict[str, Any]]) -> Figure:
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for label, result in results.items():
+        steps: Sequence[int] = sorted(map(int, result["psnr"]))
+        axes.plot(steps, [result["psnr"][str(step)] for step in steps], "o-", markersize=3, linewidth=1.6, label=label)
+    axes.set(xlabel="step", ylabel="PSNR of samples, dB", ylim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
