@@ -158,8 +158,8 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
         "table": [_row(label, result, training) for label, result in results.items()],
         "facts": {
             "Photograph": f"{photo.name}, cropped and scaled to {side[0]}×{side[1]}",
-            "Training": f"{training['steps']} steps of {training['batch_size']} times the photograph, each with its own noise and "
-            "time, the same for both; one seed",
+            "Training": f"{training['steps']} steps of {training['batch_size']} times the photograph, each with noise "
+            "and time of its own, the same for both; one seed",
             "Reconstruction": f"samples from pure noise, {recipe['preview']['solver']}, {recipe['preview']['steps']} "
             f"steps, averaged weights; PSNR is the mean over {recipe['preview']['images']} seeds",
             "Machine": f"{machine['device']}, {machine['threads']} threads; torch {machine['torch']}, "
