@@ -15,8 +15,17 @@ from rich.console import Console
 from torch import nn
 
 from pixeldip import DiPPipeline, UserError
+from pixeldip.flow import OBJECTIVES
 from pixeldip.processes import Processes, choose_precision
-from pixeldip.recipe import FlowSection, OptimizerSection, load_recipe, parse_recipe, recipe_values, save_recipe
+from pixeldip.recipe import (
+    AlignmentSection,
+    FlowSection,
+    OptimizerSection,
+    load_recipe,
+    parse_recipe,
+    recipe_values,
+    save_recipe,
+)
 from pixeldip.run_folder import checkpoints, newest_checkpoint, read_metrics
 from pixeldip.training import train
 from pixeldip.training.ema import EMA
@@ -148,7 +157,8 @@ def test_randomness_belongs_to_the_position() -> None:
 
     def drawn(positions: list[int]) -> tuple:
         batch = Batch(torch.zeros(0), torch.ones(len(positions), dtype=torch.long), positions, {})
-        return draw(FlowSection(class_dropout=0.5), batch, torch.zeros(len(positions), 3, 4, 4), 9, seed=3)
+        images = torch.zeros(len(positions), 3, 4, 4)
+        return draw(FlowSection(class_dropout=0.5), OBJECTIVES["velocity"], batch, images, 9, seed=3)
 
     whole, part = drawn(list(range(200))), drawn([120, 7])
     for a, b in zip(whole, part, strict=True):
@@ -249,6 +259,10 @@ def test_packaged_recipes_train_at_tiny_size(name: str, tmp_path: Path, picture_
     recipe.training.steps, recipe.training.batch_size, recipe.training.compile = 2, 4, False
     recipe.training.device, recipe.preview.every = "cpu", 2
     recipe.preview.images, recipe.preview.steps = 4, 2
+    if recipe.alignment.weight:
+        from .test_alignment import save_encoder  # needs transformers
+
+        recipe.alignment.encoder, recipe.alignment.block = str(save_encoder(tmp_path / "encoder")), 2
     assert train(recipe, QUIET).step == 2
 
 
@@ -260,7 +274,8 @@ def test_imagenet_recipes_hold_the_releases_settings() -> None:
         None,
         0.9999,
     )
-    assert (recipe.flow, recipe.training.batch_size) == (FlowSection(), 256)
+    assert (recipe.flow, recipe.training.batch_size) == (FlowSection(time_distribution="logit_normal"), 256)
+    assert recipe.alignment == AlignmentSection(weight=0.5, block=8, encoder="facebook/dinov2-base")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 from rich.console import Console
 
 from .errors import UserError
@@ -195,6 +196,8 @@ class StudyArguments:
     """Trainings of every contender, with seeds 0, 1, 2 …"""
     steps: Positive | None = None
     """Optimizer steps of each training; by default the scale's."""
+    images: Annotated[int, Field(ge=4)] | None = None
+    """Samples of each model that are measured; by default the scale's."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 

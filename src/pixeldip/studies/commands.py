@@ -8,12 +8,14 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..processes import keep_freed_memory
-from .comparison import ComparisonOptions, run_comparison
+from .comparison import Comparison, ComparisonOptions, measure_contender, run_comparison
+from .comparison_report import write_report
 from .comparisons import COMPARISONS
+from .features import FEATURES, check_installed, measure_features, write_features_report
 from .overfit import OVERFIT, run_overfit
 from .study import Study
 
-STUDIES: dict[str, Study] = {**COMPARISONS, OVERFIT.name: OVERFIT}
+STUDIES: dict[str, Study] = {**COMPARISONS, OVERFIT.name: OVERFIT, FEATURES.name: FEATURES}
 
 
 def study_command(arguments: Any) -> int:
@@ -41,6 +43,11 @@ def study_command(arguments: Any) -> int:
         arguments.reference,
         arguments.seeds,
         arguments.steps,
+        arguments.images,
         arguments.device,
     )
-    return run_comparison(COMPARISONS[name], options, console)
+    comparison = Comparison(measure_contender, write_report, with_costs=True)
+    if name == FEATURES.name:
+        check_installed()
+        comparison = Comparison(measure_features, write_features_report, needs_classes=True)
+    return run_comparison(STUDIES[name], comparison, options, console)

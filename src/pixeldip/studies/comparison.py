@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ from rich.console import Console
 from ..data import Source, open_source
 from ..errors import UserError
 from ..images import grid
+from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, load_recipe, recipe_values
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import clock
 from ..training import train
-from .comparison_report import write_report
 from .folder import claim, write_json
 from .measures import measure_costs, measure_quality, training_rate
-from .study import Study, changed, contender_recipe
+from .study import Contender, Study, changed, contender_recipe
 
 RESULT = "result.json"
 COSTS = "costs.json"
@@ -42,17 +42,39 @@ class ComparisonOptions:
     reference: str
     seeds: int
     steps: int | None
+    images: int | None
     device: str
 
 
-def run_comparison(study: Study, options: ComparisonOptions, console: Console) -> int:
-    """Runs what is not there yet; returns the exit status.
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How the trained contenders of a study are compared.
+
+    Args:
+        measure: given a run's folder, its pipeline, recipe, the held-out images and the processes, all of which call
+            it, returns what goes into the run's result.
+        report: given the study, its folder, the contenders and the number of seeds, writes the report and returns
+            the page.
+        with_costs: whether parameters, FLOPs and latency are measured too.
+        needs_classes: whether images without classes are refused.
+    """
+
+    measure: Callable[[Path, DiPPipeline, Recipe, Source, Processes, Console], dict[str, Any]]
+    report: Callable[[Study, Path, Sequence[Contender], int], Path]
+    with_costs: bool = False
+    needs_classes: bool = False
+
+
+def run_comparison(study: Study, comparison: Comparison, options: ComparisonOptions, console: Console) -> int:
+    """Trains and measures what is not there yet; returns the exit status.
 
     Raises:
         UserError: if the folder holds a study of other settings, or the data cannot be used.
     """
     base = base_recipe(study, options)
     held_out = open_held_out(base, options)
+    if comparison.needs_classes and len(held_out.class_names) < 2:
+        raise UserError(f"the {study.name} study needs images of at least two classes, a sub-folder or label for each")
     contenders = study.contenders(options.scale)
     held_out_from = {"source": options.held_out or base.data.source, "split": options.held_out_split}
     recipe = recipe_values(base)
@@ -70,14 +92,15 @@ def run_comparison(study: Study, options: ComparisonOptions, console: Console) -
         outcome = train(recipe, console)
         if outcome.interrupted_by is not None:
             return 128 + outcome.interrupted_by
-        _measure(folder, recipe, held_out, {"contender": contender.name, "seed": seed}, console)
+        _measure(comparison, folder, recipe, held_out, {"contender": contender.name, "seed": seed}, console)
         done_here += 1
     processes = start_processes(options.device)
     try:
         if processes.is_main:
-            recipes = {c.name: contender_recipe(base, c, 0, base.out) for c in contenders}
-            _costs(options.out, recipes, len(held_out.class_names), processes)
-            page = write_report(study, options.out, contenders, options.seeds)
+            if comparison.with_costs:
+                recipes = {c.name: contender_recipe(base, c, 0, base.out) for c in contenders}
+                _costs(options.out, recipes, len(held_out.class_names), processes)
+            page = comparison.report(study, options.out, contenders, options.seeds)
             console.print(f"done; open {page}", highlight=False, soft_wrap=True)
         processes.barrier()
     finally:
@@ -92,6 +115,8 @@ def base_recipe(study: Study, options: ComparisonOptions) -> Recipe:
     recipe = changed(recipe, "data", {**changes, **({"source": options.data} if options.data else {})})
     if options.reference:
         recipe = changed(recipe, "evaluation", {"reference": options.reference})
+    if options.images:
+        recipe = changed(recipe, "evaluation", {"images": options.images})
     training = {"device": options.device, **({"steps": options.steps} if options.steps else {})}
     return changed(recipe, "training", training)
 
@@ -122,20 +147,24 @@ def _some(names: tuple[str, ...], most: int = 5) -> str:
     )
 
 
-def _measure(folder: Path, recipe: Recipe, held_out: Source, who: Mapping[str, Any], console: Console) -> None:
+def _measure(
+    comparison: Comparison,
+    folder: Path,
+    recipe: Recipe,
+    held_out: Source,
+    who: Mapping[str, Any],
+    console: Console,
+) -> None:
     processes = start_processes(recipe.training.device)
     try:
         pipeline = load_pipeline(str(folder), processes.device)
-        quality = measure_quality(pipeline, recipe, held_out, processes, console)
+        measured = comparison.measure(folder, pipeline, recipe, held_out, processes, console)
         if processes.is_main:
-            precision = choose_precision(recipe.training.precision, processes.device)
-            shown = SampledImages(pipeline, recipe.evaluation, range(GRID_IMAGES), precision=precision)
-            _grid(shown).save(folder / SAMPLES)
             write_json(
                 folder / RESULT,
                 {
                     **who,
-                    **quality,
+                    **measured,
                     "images_per_second": training_rate(folder),
                     "recipe": recipe_values(recipe),
                     "environment": environment(processes),
@@ -143,6 +172,18 @@ def _measure(folder: Path, recipe: Recipe, held_out: Source, who: Mapping[str, A
             )
     finally:
         stop_processes()
+
+
+def measure_contender(
+    folder: Path, pipeline: DiPPipeline, recipe: Recipe, held_out: Source, processes: Processes, console: Console
+) -> dict[str, Any]:
+    """Quality, and a grid of samples beside the run: the `measure` of the paper's comparisons."""
+    quality = measure_quality(pipeline, recipe, held_out, processes, console)
+    if processes.is_main:
+        precision = choose_precision(recipe.training.precision, processes.device)
+        shown = SampledImages(pipeline, recipe.evaluation, range(GRID_IMAGES), precision=precision)
+        _grid(shown).save(folder / SAMPLES)
+    return quality
 
 
 def _grid(images: SampledImages) -> Image.Image:

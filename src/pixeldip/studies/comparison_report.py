@@ -47,9 +47,13 @@ class Measure:
     floor: float | None
 
     def text(self, values: Sequence[float]) -> str:
-        """mean ± standard deviation over seeds."""
-        spread = f" ± {self.scale * statistics.stdev(values):.{self.digits}f}" if len(values) > 1 else ""
-        return f"{self.scale * statistics.fmean(values):.{self.digits}f}{spread}".replace("-", "−")
+        return mean_and_spread([self.scale * value for value in values], self.digits)
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """mean ± standard deviation, for people."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}".replace("-", "−")
 
 
 def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds: int) -> Path:
@@ -77,7 +81,7 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
     content = {
         "study": study,
         "scale": settings["scale"],
-        "facts": _facts(settings, rows, costs),
+        "facts": _facts(settings, rows),
         "head": ["", *(m.label for m in measures), "parameters", "GFLOPs", "guided step", "training"],
         "table": [_cells(row, measures, rows) for row in rows],
         "floors": ["real images", *(_floor(m) for m in measures), "", "", "", ""],
@@ -150,22 +154,31 @@ def _paper(contenders: Sequence[Contender]) -> list[list[str]]:
     return [["", *columns], *([c.label, *(str(c.paper.get(column, "")) for column in columns)] for c in contenders)]
 
 
-def _facts(settings: dict[str, Any], rows: Sequence[Row], costs: dict[str, Any]) -> dict[str, str]:
-    recipe, environment = settings["recipe"], rows[0].results[0]["environment"]
-    training, evaluation = recipe["training"], recipe["evaluation"]
-    resolution = recipe["data"]["resolution"]
+def facts(settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What all runs of a study share, for people."""
+    recipe, environment = settings["recipe"], results[0]["environment"]
+    training, resolution = recipe["training"], recipe["data"]["resolution"]
     size = f"{resolution}×{resolution}" if isinstance(resolution, int) else "×".join(map(str, resolution))
     held_out = settings["held_out"]
-    total = sum(training["steps"] * training["batch_size"] / r["images_per_second"] for w in rows for r in w.results)
+    images = training["steps"] * training["batch_size"]
     return {
         "Data": f"{recipe['data']['source']}, split {recipe['data']['split']}, at {size}; held out: "
         f"{held_out['source']}, split {held_out['split']}",
         "Training": f"{training['steps']} steps of {training['batch_size']} images, the same for all; "
-        f"learning rate {recipe['optimizer']['lr']:g}, {recipe['optimizer']['schedule']}; {clock(total)} in all",
+        f"learning rate {recipe['optimizer']['lr']:g}, {recipe['optimizer']['schedule']}; "
+        f"{clock(sum(images / result['images_per_second'] for result in results))} in all",
+        "Machine": f"{environment['device']}, {environment['threads']} threads; torch {environment['torch']}, "
+        f"pixeldip {environment['pixeldip']}",
+    }
+
+
+def _facts(settings: dict[str, Any], rows: Sequence[Row]) -> dict[str, str]:
+    evaluation = settings["recipe"]["evaluation"]
+    return {
+        **facts(settings, [result for row in rows for result in row.results]),
         "Samples": f"{evaluation['images']} of each run: {evaluation['solver']}, {evaluation['steps']} steps, guidance "
         f"{evaluation['guidance']:g}",
-        "Machine": f"{environment['device']}, {environment['threads']} threads; torch {environment['torch']}, "
-        f"pixeldip {environment['pixeldip']}; latency measured in one run, in turn, with initial weights",
+        "Latency": "measured in one run, all contenders in turn, with initial weights",
     }
 
 

@@ -1,0 +1,233 @@
+"""Studies: their contenders, what they measure, and whole ones at tiny size."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixeldip import DiP
+from pixeldip.cli import main
+from pixeldip.images import from_uint8, grid
+from pixeldip.recipe import load_recipe
+from pixeldip.studies import STUDIES
+from pixeldip.studies.comparison_report import differ
+from pixeldip.studies.comparisons import COMPARISONS
+from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
+from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
+from pixeldip.studies.overfit import previews, psnr
+from pixeldip.studies.study import contender_recipe
+from pixeldip.training.preparation import check_recipe, model_config
+
+from .conftest import TINY_MODEL, make_picture, opened_up
+
+CPU = torch.device("cpu")
+
+
+def study(*arguments: object) -> int:
+    return main(["study", *map(str, arguments), "--device", "cpu"])
+
+
+class StillImages:
+    """Seventy pictures in memory: more than one batch."""
+
+    def __init__(self) -> None:
+        self.pixels = np.stack([np.asarray(make_picture(i, 16, 16)) for i in range(70)])
+        self.labels = np.arange(70) % 2
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.pixels[start:stop]
+
+
+@pytest.fixture
+def still() -> StillImages:
+    return StillImages()
+
+
+@pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_contender_is_a_network_that_fits_its_images(name: str, scale: str) -> None:
+    base = load_recipe(f"{'overfit' if name == 'overfit' else 'study'}-{scale}")
+    contenders = STUDIES[name].contenders(scale)
+    assert len({c.name for c in contenders}) == len({c.label for c in contenders}) == len(contenders)
+    for contender in contenders:
+        recipe = contender_recipe(base, contender, 0, "runs/x")
+        recipe.data.source = "emoji"
+        check_recipe(recipe, world_size=8 if scale == "paper" else 1)
+        with torch.device("meta"):
+            model = DiP(**model_config(recipe.model, 1000))
+            size = recipe.data.resolution
+            x, t, y = torch.zeros(1, 3, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+            assert model(x, t, y).shape == x.shape
+
+
+@pytest.mark.parametrize(("name", "counts"), [("scaling", [629, 772, 776, 1116, 632]), ("placement", [629, 632, 0, 0])])
+def test_paper_scale_has_the_papers_sizes(name: str, counts: list[int]) -> None:
+    base = load_recipe("study-paper")
+    for contender, count in zip(COMPARISONS[name].contenders("paper"), counts, strict=True):
+        with torch.device("meta"):
+            model = DiP(**model_config(contender_recipe(base, contender, 0, "x").model, 1000))
+        assert count in (0, round(model.num_parameters() / 1e6))
+
+
+def test_validation_loss_is_eq_5_at_fixed_times(still: StillImages) -> None:
+    """A network that puts out nothing has the mean square of x - eps: that of x, and 1 for the noise."""
+    model = DiP(**TINY_MODEL, num_classes=2)
+    torch.nn.init.zeros_(model.detailer.out.weight)
+    losses = validation_losses(model, still, CPU, torch.float32)
+    assert list(map(float, losses)) == pytest.approx(TIMES)
+    x = from_uint8(torch.from_numpy(still.pixels))
+    for value in losses.values():
+        assert value == pytest.approx(x.square().mean().item() + 1, rel=0.05)
+    model = opened_up(DiP(**TINY_MODEL, num_classes=2))
+    again = [validation_losses(model, still, CPU, torch.float32) for _ in range(2)]
+    assert again[0] == again[1] and len(set(again[0].values())) == len(TIMES)
+
+
+def test_costs_are_the_models_own() -> None:
+    base = load_recipe("study-laptop")
+    recipes = {c.name: contender_recipe(base, c, 0, "x") for c in COMPARISONS["heads"].contenders("laptop")}
+    costs = measure_costs({name: recipes[name] for name in ("unet", "dit")}, 10, CPU)
+    models = {name: DiP(**model_config(recipes[name].model, 10)) for name in costs}
+    for name, cost in costs.items():
+        assert cost["parameters"] == models[name].num_parameters() and cost["latency"] > 0
+    # of DiT-only, the matrix products by hand: 16 tokens of an image at 32 px, P = 8, D = 288, 4 blocks
+    tokens, d, inner = 16, 288, int(2 * 4 * 288 / 3)
+    block = tokens * (4 * d * d + 3 * d * inner) + 2 * tokens * tokens * d + 6 * d * d
+    once = 256 * d + d * d + 2 * d * d + 2 * tokens * 192 * d  # time, final modulation, patches in and out
+    assert costs["dit"]["flops"] == pytest.approx(2 * (4 * block + once), rel=0.01)
+    assert costs["unet"]["flops"] > costs["dit"]["flops"]
+
+
+def test_features_of_an_image_do_not_depend_on_its_neighbours(still: StillImages) -> None:
+    model = opened_up(DiP(**TINY_MODEL, num_classes=2))
+    images = torch.from_numpy(still.pixels).permute(0, 3, 1, 2)
+    whole, part = (block_features(model, images[:n], [1, 2], CPU, torch.float32) for n in (70, 5))
+    assert whole[1].shape == whole[2].shape == (70, 32) and not np.allclose(whole[1], whole[2])
+    for block in (1, 2):
+        np.testing.assert_allclose(whole[block][:5], part[block], atol=1e-5)
+
+
+def test_probe_and_silhouette_know_clusters_from_noise() -> None:
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    centres = 6 * np.eye(20)[:3]
+    clusters, noise = centres[labels] + rng.standard_normal((300, 20)), rng.standard_normal((300, 20))
+    assert probe_accuracy(clusters[:200], labels[:200], clusters[200:], labels[200:]) > 0.95
+    assert probe_accuracy(noise[:200], labels[:200], noise[200:], labels[200:]) < 0.5
+    assert silhouette(clusters, labels) > 0.4 > 0.1 > abs(silhouette(noise, labels))
+    assert chosen_rows(np.array([2, 0, 2, 2, 0]), 2).tolist() == [0, 1, 2, 4]
+
+
+def test_psnr() -> None:
+    black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
+    assert psnr(black, grey) == pytest.approx(20 * math.log10(5)) and psnr(grey, grey) == math.inf
+
+
+def test_previews_are_cut_apart_again(tmp_path: Path) -> None:
+    pictures = [make_picture(i, 12, 10) for i in range(4)]
+    (tmp_path / "previews").mkdir()
+    grid(pictures, 2).save(tmp_path / "previews" / "step-00000007.png")
+    (found,) = previews(tmp_path, 12, 10, 4).items()
+    assert found[0] == 7 and all(np.array_equal(a, np.asarray(b)) for a, b in zip(found[1], pictures, strict=True))
+
+
+def test_what_counts_as_different() -> None:
+    assert differ([1.0, 2.0, 3.0], [1.5, 2.5, 3.6]) is True  # alike from seed to seed
+    assert differ([1.0, 2.0, 3.0], [2.0, 1.5, 3.1]) is False
+    assert differ([1.0], [2.0]) is None
+
+
+def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """One seed, then another one: the first runs stay as they are, and the report speaks of both."""
+    arguments = ["placement", "--out", tmp_path, "--steps", 1, "--images", 10]
+    assert study(*arguments, "--seeds", 1) == 0
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
+    assert len(first) == 4
+    assert "?" in (tmp_path / "report.md").read_text()
+    capsys.readouterr()
+    assert study(*arguments, "--seeds", 2) == 0
+    assert "run 5 of 8" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    result = json.loads((tmp_path / "runs" / "hybrid-seed1" / "result.json").read_text())
+    assert (result["contender"], result["seed"], result["recipe"]["training"]["seed"]) == ("hybrid", 1, 1)
+    assert {"kid_efficientnet", "fd_mid_efficientnet", "boundary"} <= result["metrics"].keys()
+    assert result["environment"]["torch"] == torch.__version__ and result["command"]
+    for page in ("report.md", "report.html"):
+        text = (tmp_path / page).read_text()
+        for label in ("DiT-only", "Post-hoc refinement", "Intermediate injection", "Hybrid injection", "real images"):
+            assert label in text
+    assert text.count("data:image/png;base64,") == 4 and text.count("<svg") == 2
+    for file in ("measures.svg", "loss-by-time.svg", "samples-dit.png", "samples-hybrid.png"):
+        assert f"figures/{file}" in (tmp_path / "report.md").read_text() and (tmp_path / "figures" / file).is_file()
+    # another study of the same folder would mix two things
+    assert study("placement", "--out", tmp_path, "--steps", 2, "--images", 10) == 2
+    assert study("heads", "--out", tmp_path) == 2
+    assert "holds a study with another study" in capsys.readouterr().err
+
+
+def test_overfitting_any_photograph(tmp_path: Path) -> None:
+    make_picture(3, 300, 200).save(tmp_path / "mine.jpg")
+    out = tmp_path / "study"
+    assert study("overfit", "--image", tmp_path / "mine.jpg", "--steps", 2, "--out", out) == 0
+    for contender in ("dit", "dip"):
+        result = json.loads((out / "runs" / contender / "result.json").read_text())
+        assert list(result["psnr"]) == ["2"] and 3 < result["psnr"]["2"] < 20
+        assert Image.open(out / "runs" / contender / "reconstruction.png").size == (128, 128)
+    assert {path.name for path in (out / "figures").iterdir()} == {
+        *("dit-only.png", "dit-only-zoom.png", "dip.png", "dip-zoom.png"),
+        *("the-photograph.png", "the-photograph-zoom.png", "psnr.svg"),
+    }
+    assert "mine.jpg" in (out / "report.html").read_text()
+
+
+def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    assert study("features", "--out", tmp_path, "--steps", 1, "--seeds", 1) == 0
+    result = json.loads((tmp_path / "runs" / "post-seed0" / "result.json").read_text())
+    assert (result["probe_images"], result["test_images"], result["clustered_images"]) == (40, 10, 50)
+    assert result["chance"] == pytest.approx(0.1)
+    assert result["features"].keys() == {"probe_middle", "probe_last", "silhouette_middle", "silhouette_last"}
+    text = (tmp_path / "report.html").read_text()
+    assert "pixels themselves" in text and "some class has only one held-out image" in text and "<svg" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["haeds"], "no study 'haeds'; perhaps heads"),
+        (["heads", "--seeds", "0"], "--seeds"),
+        (["heads", "--images", "3"], "--images"),
+        (["heads", "--data", "nowhere"], "no such folder"),
+        (["heads", "--data", "{pictures}"], "name images that are not trained on, --held-out"),
+        (["heads", "--data", "{pictures}", "--held-out", "emoji"], "they must be the same"),
+        (
+            ["features", "--data", "{plain}", "--held-out", "{plain}", "--held-out-split", "train"],
+            "at least two classes",
+        ),
+        (["overfit", "--image", "no.jpg"], "--image no.jpg: No such file"),
+        (["overfit", "--image", "{broken}"], "broken.jpg"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    picture_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    places = {"pictures": picture_folder, "plain": picture_folder / "ant", "broken": tmp_path / "broken.jpg"}
+    assert study(*(a.format(**places) for a in arguments), "--out", tmp_path / "study") == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "study" / "runs").exists()
