@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pixeldip import DiPPipeline, UserError
+from pixeldip import UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import from_uint8, grid, to_uint8
 from pixeldip.sampling import parse_seeds
@@ -96,30 +96,6 @@ def test_samples_do_not_depend_on_the_batch(model_folder: Path, tmp_path: Path) 
     assert (tmp_path / "4" / "grid.png").is_file() and json.loads((tmp_path / "4" / "settings.json").read_text())[
         "seeds"
     ] == "0-4,9"
-
-
-def test_the_pipeline_by_name_and_by_id(model_folder: Path) -> None:
-    pipeline = DiPPipeline.from_pretrained(model_folder)
-    named, numbered = (pipeline(c, num_inference_steps=2, seeds=[5], output_type="pt").images for c in (["bee"], [1]))
-    assert torch.equal(named, numbered) and named.shape == (1, 3, 16, 16)
-    assert pipeline("ant", num_inference_steps=2, height=24, width=8).images[0].size == (8, 24)
-    path = pipeline("ant", num_inference_steps=4, trajectory_every=2, output_type="pt")
-    assert [t for t, _ in path.trajectory] == [0.0, 0.5, 1.0]
-    assert torch.equal(path.trajectory[-1][1], path.images)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({}, "give class_labels"),
-        ({"class_labels": ["ant"], "seeds": [1, 2]}, "1 class labels but 2 seeds"),
-        ({"class_labels": ["ant"], "solver": "rk4"}, "choose one of euler"),
-        ({"class_labels": ["ant"], "output_type": "latent"}, "choose pil or pt"),
-    ],
-)
-def test_pipeline_arguments_out_of_range(model_folder: Path, arguments: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        DiPPipeline.from_pretrained(model_folder)(**arguments)
 
 
 def test_train_then_sample(picture_folder: Path, tmp_path: Path) -> None:

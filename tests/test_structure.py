@@ -16,6 +16,7 @@ ORDER = [
     "images",
     "flow",
     "model",
+    "model_card",
     "pipeline",
     "data",
     "sampling",

@@ -2,15 +2,22 @@
 
 import difflib
 import functools
+import operator
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import BaseOutput, is_accelerate_available, is_peft_available
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
 
@@ -18,38 +25,76 @@ from .errors import UserError
 from .flow import (
     SOLVERS,
     Stream,
+    check_flow_scheduler,
     fold_seed,
+    follow_scheduler,
     guided_velocity,
     is_stochastic,
     seeded_normal,
+    set_times,
     start_state,
     time_grid,
 )
 from .images import to_pil
 from .model import DiP, check_size
+from .model_card import write_model_card
 from .run_folder import PIPELINE, newest_checkpoint
 
 
 @dataclass
 class DiPPipelineOutput(BaseOutput):
-    """images: PIL pictures, or a tensor (B, C, H, W) in [-1, 1]; trajectory: the states asked for, if any."""
+    """images: as `output_type` asks; trajectory: the states asked for, if any."""
 
-    images: list[Image.Image] | Tensor
+    images: list[Image.Image] | np.ndarray | Tensor
     trajectory: list[tuple[float, Tensor]] | None = None
 
 
-class DiPPipeline(DiffusionPipeline):
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+STATE = "latents"  # what diffusers' callbacks call the state x_t, though nothing is latent here
+OnStepEnd = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
+
+_UPLOAD = ("private", "token", "commit_message", "create_pr")
+
+
+class _Interrupted(Exception):
+    """Carries the state out of a solver that is not to go on."""
+
+    def __init__(self, state: Tensor):
+        self.state = state
+
+
+class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     """Class-conditional sampling with a `DiP`.
 
     Args:
         model: the network.
+        scheduler: one of diffusers' flow-match schedulers, or UniPC or DPM-Solver++ with flow sigmas; by default
+            Euler's method. It is followed unless a call names a `solver`.
         height, width: the training size in pixels, the default for samples.
         class_names: one name per class; None if they have none.
+
+    Raises:
+        UserError: if the scheduler follows another path.
     """
 
-    def __init__(self, model: DiP, height: int = 256, width: int = 256, class_names: list[str] | None = None):
+    _origin: Path | None = None
+    model_cpu_offload_seq = "model"
+    _optional_components = ["scheduler"]
+    _lora_loadable_modules = ["model"]
+    _callback_tensor_inputs = [STATE]
+
+    def __init__(
+        self,
+        model: DiP,
+        scheduler: FlowMatchEulerDiscreteScheduler | None = None,
+        height: int = 256,
+        width: int = 256,
+        class_names: list[str] | None = None,
+    ):
         super().__init__()
-        self.register_modules(model=model)
+        scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
+        check_flow_scheduler(scheduler)
+        self.register_modules(model=model, scheduler=scheduler)
         self.register_to_config(height=height, width=width, class_names=list(class_names or ()))
 
     @classmethod
@@ -60,8 +105,106 @@ class DiPPipeline(DiffusionPipeline):
             UserError: if there is no model of that name.
         """
         name = str(pretrained_model_name_or_path)
-        kwargs.setdefault("low_cpu_mem_usage", False)  # the other way needs accelerate, and says so at length
-        return super().from_pretrained(resolve_model(name), **kwargs)
+        folder = Path(name).expanduser()
+        if not is_accelerate_available():
+            kwargs.setdefault("low_cpu_mem_usage", False)  # the other way needs it, and says so at length
+        pipeline = super().from_pretrained(resolve_model(name), **kwargs)
+        pipeline._origin = folder if folder.is_dir() else None
+        return pipeline
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        license: str | None = None,
+        model_card: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, with a model card: a README.md that says how to use the model and what made it.
+
+        A pipeline that came from a run folder tells of that run; one that came from a saved folder keeps its card.
+
+        Args:
+            license: of the weights, as the hub spells it, for instance "cc-by-4.0".
+            model_card: False leaves the README.md out.
+        """
+        hub = {key: kwargs.pop(key) for key in ("repo_id", *_UPLOAD) if key in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        if model_card:
+            write_model_card(
+                Path(save_directory),
+                dict(self.model.config),
+                (self.config.height, self.config.width),
+                self.config.class_names,
+                self.model.num_parameters(),
+                self._origin,
+                license,
+            )
+        if push_to_hub:
+            self._upload(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
+
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs: Any) -> str:
+        """Saves the pipeline with its model card and uploads it.
+
+        Args:
+            repo_id: "owner/name" on the hub; made if it is not there.
+            license: as for `save_pretrained`.
+            kwargs: private, token, commit_message and create_pr of the upload, and what `save_pretrained` takes.
+
+        Returns:
+            The address of the commit.
+        """
+        hub = {key: kwargs.pop(key) for key in _UPLOAD if key in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / repo_id.rpartition("/")[2]
+            self.save_pretrained(saved, license=license, **kwargs)
+            return self._upload(saved, repo_id, **hub)
+
+    def _upload(
+        self,
+        folder: str | os.PathLike,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        message = commit_message or "Upload DiPPipeline"
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr)
+        return str(commit)
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds LoRA weights to the model: a folder, file, hub id or state dict as `save_lora_weights` writes them.
+
+        Further keywords go to the model's `load_lora_adapter`; `set_adapters`, `fuse_lora` and
+        `unload_lora_weights` work as elsewhere in diffusers.
+
+        Raises:
+            UserError: if PEFT is not installed, or the weights belong to another model.
+        """
+        _check_peft()
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            self.model.load_lora_adapter(
+                pretrained_model_name_or_path_or_dict, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            given = pretrained_model_name_or_path_or_dict
+            where = "" if isinstance(given, dict) else f" {given}"
+            raise UserError(f"LoRA weights{where}: {' '.join(str(error).split())}") from error
+
+    def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str = "default") -> None:
+        """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder."""
+        _check_peft()
+        self.model.save_lora_adapter(save_directory, adapter_name)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by id or exact name.
@@ -73,8 +216,8 @@ class DiPPipeline(DiffusionPipeline):
         if isinstance(label, str) and label in names:
             return names.index(label)
         try:
-            index = int(label)
-        except ValueError:
+            index = int(label) if isinstance(label, str) else operator.index(label)
+        except (ValueError, TypeError):
             near = difflib.get_close_matches(str(label), names, n=3, cutoff=0.4)
             hint = (
                 f"; perhaps {' or '.join(map(repr, near))}" if near else f"; it has {', '.join(names)}" if names else ""
@@ -85,6 +228,21 @@ class DiPPipeline(DiffusionPipeline):
             raise UserError(f"class {index} is out of range: {have}")
         return index
 
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that is running."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the call that is running."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call is to stop after this step; a callback sets `_interrupt` for that."""
+        return self._interrupt
+
     @torch.no_grad()
     def __call__(
         self,
@@ -93,79 +251,171 @@ class DiPPipeline(DiffusionPipeline):
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.1, 1.0),
         seeds: Sequence[int] | None = None,
-        solver: str = "euler",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        solver: str | None = None,
         time_shift: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: OnStepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = (STATE,),
         trajectory_every: int = 0,
-        on_step: Callable[[int], None] | None = None,
-    ) -> DiPPipelineOutput:
+    ) -> DiPPipelineOutput | tuple:
         """Samples one image per class label.
 
         Args:
             class_labels: ids or exact names; for a model without classes, leave it out.
-            num_inference_steps: solver steps from noise (t = 0) to data (t = 1), spaced as the model's objective asks.
+            num_inference_steps: steps from noise (t = 0) to data (t = 1), spaced as the model's objective asks.
             guidance_scale: w of u + w (c - u); 1 is no guidance.
             guidance_interval: steps that start at lo < t < hi are guided.
             seeds: one per image; by default 0, 1, 2 … An image depends on its seed alone, not on the
                 batch around it.
+            generator: in place of seeds, as elsewhere in diffusers: one for all images, or a list of one each.
             solver: euler, heun, ab2 (two-step Adams-Bashforth), ddim (another name of euler) or ancestral
-                (DDPM's, which adds fresh noise at every step, from the image's seed too).
+                (DDPM's, which adds fresh noise at every step); None: the pipeline's scheduler.
             time_shift: above 1 takes more of the steps at noisy times.
             height, width: pixels, multiples of the patch size; by default the training size.
-            output_type: "pil", or "pt" for a tensor (B, C, H, W) in [-1, 1].
-            trajectory_every: keep (t, x_t) before every so many steps, and the final (1, x); 0: keep none.
-            on_step: called after each step with its number, from 0.
+            output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1]; or "latent", what the solver
+                ended in: (B, C, H, W) with images in [-1, 1], not clipped.
+            return_dict: False for a plain tuple (images, trajectory).
+            callback_on_step_end: called as f(pipeline, step, t, tensors) after each step, from 0, with the time
+                it reached; tensors["latents"] is the state x_t (B, C, H, W). What it returns under that name
+                replaces the state. Setting `pipeline._interrupt = True` stops after the step.
+            callback_on_step_end_tensor_inputs: what is put into `tensors`: "latents", or nothing.
+            trajectory_every: keep (t, x_t) at the start, after every so many steps, and at the end; 0: keep none.
 
         Raises:
             UserError: if an argument is out of range.
         """
-        labels = self._labels(class_labels, seeds)
-        seeds = list(range(len(labels))) if seeds is None else list(seeds)
-        if len(seeds) != len(labels):
-            raise UserError(f"{len(labels)} class labels but {len(seeds)} seeds: give one seed per image")
-        if solver not in SOLVERS:
-            raise UserError(f"solver {solver!r}: choose one of {', '.join(SOLVERS)}")
-        if output_type not in ("pil", "pt"):
-            raise UserError(f"output_type {output_type!r}: choose pil or pt")
+        labels = self._labels(class_labels, seeds, generator)
         model, device = self.model, self._execution_device
         height, width = height or self.config.height, width or self.config.width
         check_size(height, width, model.config.patch_size)
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(sorted(unknown))}; there is only {STATE}")
+        shape = (model.config.in_channels, height, width)
+        random = _Random(seeds, generator, len(labels), shape, device)
         null_class = model.config.num_classes
         scale = guidance_scale if null_class else 1.0
         velocity = guided_velocity(model, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
-        times = time_grid(num_inference_steps, time_shift, model.objective)
-        trajectory: list[tuple[float, Tensor]] = []
+        if solver is None:
+            check_flow_scheduler(self.scheduler)
+            times = set_times(self.scheduler, num_inference_steps, time_shift, model.objective, device)
+            solve = functools.partial(follow_scheduler, self.scheduler, generators=random.generators)
+        elif solver in SOLVERS:
+            times = time_grid(num_inference_steps, time_shift, model.objective)
+            fresh = {"noise": random.fresh} if is_stochastic(solver) else {}
+            solve = functools.partial(SOLVERS[solver], **fresh)
+        else:
+            raise UserError(f"solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(times) - 1, False
+        x = start_state(random.start, times)
+        trajectory = [(times[0], x.cpu())] if trajectory_every else []
 
-        def watched(x: Tensor, t: float, step_start: float) -> Tensor:
-            if trajectory_every and t == step_start and times.index(t) % trajectory_every == 0:
-                trajectory.append((t, x.cpu()))
-            return velocity(x, t, step_start)
+        with self.progress_bar(total=self._num_timesteps) as bar:
 
-        shape = (model.config.in_channels, height, width)
+            def on_step(step: int, t: float, x: Tensor) -> Tensor:
+                if callback_on_step_end:
+                    tensors = {name: x for name in callback_on_step_end_tensor_inputs}
+                    x = (callback_on_step_end(self, step, t, tensors) or {}).get(STATE, x)
+                bar.update()
+                last = step == self._num_timesteps - 1
+                if trajectory_every and (last or (step + 1) % trajectory_every == 0):
+                    trajectory.append((t, x.cpu()))
+                if self.interrupt and not last:
+                    raise _Interrupted(x)
+                return x
 
-        def fresh_noise(step: int) -> Tensor:
-            return seeded_normal([fold_seed(seed, Stream.FRESH_NOISE, step) for seed in seeds], shape, device)
+            try:
+                x = solve(velocity, x, times, on_step)
+            except _Interrupted as stopped:
+                x = stopped.state
+        self.maybe_free_model_hooks()
+        images = _put_out(x, output_type)
+        return DiPPipelineOutput(images, trajectory or None) if return_dict else (images, trajectory or None)
 
-        solve = functools.partial(SOLVERS[solver], noise=fresh_noise) if is_stochastic(solver) else SOLVERS[solver]
-        start = start_state(seeded_normal(seeds, shape, device), times)
-        x = solve(watched, start, times, on_step and (lambda i, *_: on_step(i)))
-        if trajectory_every:
-            trajectory.append((1.0, x.cpu()))
-        return DiPPipelineOutput(to_pil(x) if output_type == "pil" else x, trajectory or None)
-
-    def _labels(self, class_labels: Sequence[int | str] | int | str | None, seeds: Sequence[int] | None) -> list[int]:
+    def _labels(
+        self,
+        class_labels: Sequence[int | str] | int | str | None,
+        seeds: Sequence[int] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> list[int]:
+        """An id per image; as many images as labels, or as seeds or generators without classes."""
         null_class = self.model.config.num_classes
+        if seeds is not None and generator is not None:
+            raise UserError("give seeds or a generator, not both")
+        given = {"seeds": seeds, "generators": generator if isinstance(generator, list) else None}
+        counts = {name: len(values) for name, values in given.items() if values is not None}
         if null_class == 0:
             if class_labels is not None:
                 raise UserError("the model was trained without classes: leave class_labels out and give seeds")
-            return [0] * (len(seeds) if seeds is not None else 1)
+            return [0] * next(iter(counts.values()), 1)
         if class_labels is None:
             raise UserError(f"give class_labels: the model has classes 0 to {null_class - 1}")
         if isinstance(class_labels, int | str):
             class_labels = [class_labels]
-        return [self.class_id(label) for label in class_labels]
+        labels = [self.class_id(label) for label in class_labels]
+        for name, count in counts.items():
+            if count != len(labels):
+                raise UserError(f"{len(labels)} class labels but {count} {name}: give one per image")
+        return labels
+
+
+def _check_peft() -> None:
+    if not is_peft_available():
+        raise UserError("LoRA needs PEFT: pip install 'pixeldip[lora]'")
+
+
+class _Random:
+    """All random numbers of one call, from a seed per image or from generators.
+
+    Attributes:
+        start: the noise (B, C, H, W) sampling starts from.
+        generators: for schedulers that draw fresh noise.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        count: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ):
+        self.seeds = list(range(count)) if seeds is None and generator is None else seeds
+        self.count, self.shape, self.device = count, shape, device
+        if self.seeds is None:
+            self.generators = generator
+            self.start = self._normal()
+        else:
+            fresh = [fold_seed(seed, Stream.FRESH_NOISE) for seed in self.seeds]
+            self.generators = [torch.Generator().manual_seed(seed) for seed in fresh]
+            self.start = seeded_normal(self.seeds, shape, device)
+
+    def fresh(self, step: int) -> Tensor:
+        """Noise (B, C, H, W) that a step adds."""
+        if self.seeds is None:
+            return self._normal()
+        return seeded_normal(
+            [fold_seed(seed, Stream.FRESH_NOISE, step) for seed in self.seeds], self.shape, self.device
+        )
+
+    def _normal(self) -> Tensor:
+        return randn_tensor((self.count, *self.shape), self.generators, self.device)
+
+
+def _put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    if output_type == "pil":
+        return to_pil(x)
+    if output_type == "latent":
+        return x
+    shares = (x.float() / 2 + 0.5).clamp(0, 1)
+    return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def names_a_model(name: str) -> bool:

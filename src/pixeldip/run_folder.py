@@ -7,8 +7,10 @@ checkpoints/step-…/       training.pt (weights, optimizer, step) and pipeline/
 previews/step-….png       sample grids of fixed seeds
 """
 
+import contextlib
 import errno
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,26 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run in order; where a step was run again after a resume, its last line counts."""
-    by_step: dict[int, dict[str, Any]] = {}
+    return _by_step(entry for entry in _lines(run) if "loss" in entry)
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run in order, each with its step, metrics and floors."""
+    return _by_step(entry for entry in _lines(run) if entry.get("event") == "evaluation")
+
+
+def newest_preview(run: Path) -> Path | None:
+    """The newest sample grid of a run, or None."""
+    return max((run / PREVIEWS).glob("step-*.png"), default=None)
+
+
+def _by_step(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_step = {entry["step"]: entry for entry in entries}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _lines(run: Path) -> Iterator[dict[str, Any]]:
     path = run / METRICS
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the line that was being written when the run was killed
-            continue
-        if "loss" in entry:
-            by_step[entry["step"]] = entry
-    return [by_step[step] for step in sorted(by_step)]
+        with contextlib.suppress(json.JSONDecodeError):  # the line that was being written when the run was killed
+            yield json.loads(line)

@@ -53,7 +53,9 @@ def load_pipeline(model: str, device: torch.device) -> DiPPipeline:
         UserError: if there is no model of that name.
     """
     diffusers_logging.disable_progress_bar()  # of loading one component
-    return DiPPipeline.from_pretrained(model).to(device)
+    pipeline = DiPPipeline.from_pretrained(model).to(device)
+    pipeline.set_progress_bar_config(disable=True)  # commands show their own
+    return pipeline
 
 
 def deal_classes(classes: Sequence[int], count: int, order_seed: int | None) -> list[int]:
@@ -127,8 +129,9 @@ class SampledImages:
                 seeds=self.seeds[part],
                 height=self.height,
                 width=self.width,
-                output_type="pt",
-                on_step=on_step,
+                output_type="latent",
+                callback_on_step_end=on_step and (lambda _, step, *__: on_step(step)),
+                callback_on_step_end_tensor_inputs=(),
                 **self.settings.pipeline_arguments(),
             ).images
         broken = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

@@ -12,6 +12,7 @@ from .path import (
     uniform_times,
     velocity,
 )
+from .schedulers import check_flow_scheduler, follow_scheduler, set_times
 from .solvers import SOLVERS, evaluations, is_stochastic, start_state, time_grid
 
 __all__ = [
@@ -19,15 +20,18 @@ __all__ = [
     "SOLVERS",
     "Stream",
     "VelocityObjective",
+    "check_flow_scheduler",
     "clean_image",
     "drop_classes",
     "evaluations",
     "fold_seed",
+    "follow_scheduler",
     "guided_velocity",
     "interpolate",
     "is_stochastic",
     "logit_normal_times",
     "seeded_normal",
+    "set_times",
     "shift_times",
     "start_state",
     "time_grid",

@@ -2,7 +2,8 @@
 
 A velocity is called as `velocity(x, t, step_start)`: floats t, the time it is asked for, and
 step_start, the start of the step being taken, for whoever must act the same over a whole step
-(guidance does). The state x keeps its dtype.
+(guidance does). The state x keeps its dtype. After each step `on_step` is called with the step's number and with
+the time and state it reached; a tensor it returns takes the state's place.
 """
 
 import math
@@ -16,7 +17,7 @@ from .objectives import VelocityObjective
 from .path import shift_times
 
 Velocity = Callable[[Tensor, float, float], Tensor]
-OnStep = Callable[[int, float, Tensor, Tensor], None]
+OnStep = Callable[[int, float, Tensor], Tensor | None]
 FreshNoise = Callable[[int], Tensor]
 
 
@@ -41,13 +42,18 @@ def start_state(noise: Tensor, times: Sequence[float]) -> Tensor:
     return noise * math.hypot(times[0], 1 - times[0])
 
 
+def reached(on_step: OnStep | None, step: int, t: float, x: Tensor) -> Tensor:
+    """The state that goes on after `on_step`, if there is one, has seen it."""
+    replaced = on_step(step, t, x) if on_step else None
+    return x if replaced is None else replaced
+
+
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep | None = None) -> Tensor:
     """First order, one evaluation a step."""
     for i, (t0, t1) in enumerate(zip(times, times[1:])):
         v = velocity(x, t0, t0)
         x = x + (t1 - t0) * v
-        if on_step:
-            on_step(i, t0, x, v)
+        x = reached(on_step, i, t1, x)
     return x
 
 
@@ -59,8 +65,7 @@ def heun(velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep 
         if i < last:
             v = (v + velocity(x + (t1 - t0) * v, t1, t0)) / 2
         x = x + (t1 - t0) * v
-        if on_step:
-            on_step(i, t0, x, v)
+        x = reached(on_step, i, t1, x)
     return x
 
 
@@ -72,8 +77,7 @@ def adams_bashforth2(velocity: Velocity, x: Tensor, times: Sequence[float], on_s
         slope = 0 if previous is None else (v - previous) / (t0 - times[i - 1])
         x = x + (t1 - t0) * (v + (t1 - t0) / 2 * slope)
         previous = v
-        if on_step:
-            on_step(i, t0, x, v)
+        x = reached(on_step, i, t1, x)
     return x
 
 
@@ -98,8 +102,7 @@ def ancestral(
         image = x + (1 - t0) * v
         kept = (1 - t1) * t0 / (t1 * (1 - t0))  # q1 / q0
         x = t1 * image + (1 - t1) * (kept * (image - v) + math.sqrt(1 - kept**2) * noise(i))
-        if on_step:
-            on_step(i, t0, x, v)
+        x = reached(on_step, i, t1, x)
     return x
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor
 
 from ..errors import UserError
@@ -18,7 +19,7 @@ from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
 
 
-class DiP(ModelMixin, ConfigMixin):
+class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Velocity network in pixel space: v = model(x, t, y).
 
     Args:

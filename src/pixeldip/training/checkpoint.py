@@ -35,7 +35,7 @@ def save_checkpoint(
     partial = folder.with_name(f"partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    DiPPipeline(ema.model, **pipeline).save_pretrained(partial / PIPELINE)
+    DiPPipeline(ema.model, **pipeline).save_pretrained(partial / PIPELINE, model_card=False)
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     if projector is not None:
         state["projector"] = projector.state_dict()

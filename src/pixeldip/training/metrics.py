@@ -35,8 +35,10 @@ class TrainingMetrics:
 
     def measure(self, model: DiP, pipeline: dict[str, Any]) -> Evaluation:
         """Samples `evaluation.images` images and compares them with the reference."""
+        sampler = DiPPipeline(model, **pipeline)
+        sampler.set_progress_bar_config(disable=True)
         images = SampledImages(
-            DiPPipeline(model, **pipeline),
+            sampler,
             self.section,
             range(self.section.images),
             order_seed=0,

@@ -14,6 +14,7 @@ from ..run_folder import PREVIEWS, step_name
 def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], preview: PreviewSection) -> None:
     """Writes `previews/step-….png`: a row per class, or a square of images where there are none."""
     sampler = DiPPipeline(model, **pipeline)
+    sampler.set_progress_bar_config(disable=True)
     num_classes = model.config.num_classes
     columns = (
         math.ceil(preview.images / num_classes) if 0 < num_classes < preview.images else math.isqrt(preview.images)

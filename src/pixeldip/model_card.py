@@ -1,0 +1,94 @@
+"""The README of a shared model: how to use it and, where the run is known, what made it and how good it is."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from . import __version__
+from .run_folder import ENVIRONMENT, RECIPE, newest_checkpoint, newest_preview, read_evaluations, read_metrics
+
+CARD = "README.md"
+SAMPLES = "samples.png"
+TEMPLATE = Path(__file__).with_suffix(".md")
+
+
+def write_model_card(
+    folder: Path,
+    model: Mapping[str, Any],
+    size: tuple[int, int],
+    class_names: Sequence[str],
+    parameters: int,
+    origin: Path | None = None,
+    license: str | None = None,
+) -> None:
+    """Writes README.md, and samples.png if there are any, into a saved model's folder.
+
+    Args:
+        model: the network's configuration.
+        size: (height, width) it was trained at.
+        origin: the run it was trained in, or the saved folder it was loaded from, whose card it keeps.
+        license: of the weights, as the hub spells it; None: the card says that none was stated.
+    """
+    if origin and (origin / CARD).is_file() and license is None:
+        if origin.resolve() != folder.resolve():
+            for name in (CARD, SAMPLES):
+                if (origin / name).is_file():
+                    shutil.copyfile(origin / name, folder / name)
+        return
+    run = origin if origin and newest_checkpoint(origin) else None
+    data = ModelCardData(
+        license=license,
+        library_name="pixeldip",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "dip", "pixel-space", *(["class-conditional"] if class_names else [])],
+    )
+    if run and (preview := newest_preview(run)):
+        shutil.copyfile(preview, folder / SAMPLES)
+    example = list(class_names[:2]) or list(range(min(2, model["num_classes"])))
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=(run or folder).resolve().name,
+        model=model,
+        size=size,
+        class_names=class_names,
+        parameters=f"{parameters / 1e6:.1f} M",
+        example=repr(example) if example else None,
+        has_samples=(folder / SAMPLES).is_file(),
+        license=license,
+        version=__version__,
+        run=_facts(run) if run else None,
+    )
+    card.save(folder / CARD)
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    """What the run folder knows."""
+    recipe = (run / RECIPE).read_text(encoding="utf-8")
+    checkpoint, metrics, evaluations = newest_checkpoint(run), read_metrics(run), read_evaluations(run)
+    step = int(checkpoint.name.removeprefix("step-"))
+    losses = [entry["loss"] for entry in metrics if entry["step"] <= step]
+    environment = run / ENVIRONMENT
+    return {
+        "recipe": recipe.strip(),
+        "values": yaml.safe_load(recipe),
+        "step": step,
+        "loss": losses[-1] if losses else None,
+        "environment": json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        "evaluation": _numbers(evaluations[-1]) if evaluations else None,
+    }
+
+
+def _numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    floors = evaluation["floors"]
+    rows = [(name, f"{value:.4g}", _floor(floors.get(name))) for name, value in evaluation["metrics"].items()]
+    return {"step": evaluation["step"], "rows": rows}
+
+
+def _floor(floor: Mapping[str, float] | None) -> str:
+    return f"{floor['real']:.4g}" if floor else ""

@@ -1,0 +1,386 @@
+"""The pipeline as users of diffusers know pipelines."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.callbacks import PipelineCallback
+from rich.console import Console
+
+from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip.flow import OBJECTIVES, SOLVERS, follow_scheduler, set_times, time_grid
+from pixeldip.training import train
+
+from .conftest import TINY_MODEL, opened_up, saved_model, tiny_recipe
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SCHEDULERS = {
+    "euler": FlowMatchEulerDiscreteScheduler(),
+    "heun": FlowMatchHeunDiscreteScheduler(),
+    "unipc": UniPCMultistepScheduler(**FLOW),
+    "dpm-solver++": DPMSolverMultistepScheduler(**FLOW),
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("model"), 16)
+
+
+@pytest.fixture
+def pipeline(model_folder: Path) -> DiPPipeline:
+    pipeline = DiPPipeline.from_pretrained(model_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_classes_by_name_and_by_id(pipeline: DiPPipeline) -> None:
+    named, numbered, counted = (
+        pipeline(c, num_inference_steps=2, seeds=[5], output_type="pt").images for c in ("bee", [1], torch.tensor([1]))
+    )
+    assert torch.equal(named, numbered) and torch.equal(named, counted) and named.shape == (1, 3, 16, 16)
+    assert pipeline("ant", num_inference_steps=2, height=24, width=8).images[0].size == (8, 24)
+
+
+def test_output_types(pipeline: DiPPipeline) -> None:
+    state, tensor, array, pictures = (
+        pipeline(["ant", "cow"], num_inference_steps=3, height=8, width=16, output_type=kind).images
+        for kind in ("latent", "pt", "np", "pil")
+    )
+    assert state.shape == tensor.shape == (2, 3, 8, 16) and array.shape == (2, 8, 16, 3)
+    assert state.min() < -1 and tensor.min() == 0 and tensor.max() <= 1
+    np.testing.assert_array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
+    assert np.abs(np.stack([np.asarray(p) for p in pictures]) / 255 - array).max() <= 0.5 / 255 + 1e-6
+    images, trajectory = pipeline("ant", num_inference_steps=1, return_dict=False)
+    assert len(images) == 1 and trajectory is None
+
+
+@pytest.mark.parametrize("prediction", OBJECTIVES)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_default_scheduler_is_the_native_euler(prediction: str, shift: float) -> None:
+    model = opened_up(DiP(**TINY_MODEL, num_classes=3, prediction=prediction))
+    pipeline = DiPPipeline(model, height=16, width=24)
+    settings = {"num_inference_steps": 10, "time_shift": shift, "output_type": "latent", "seeds": [3, 4]}
+    settings |= {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.7)}
+    ours, theirs = (pipeline([0, 1], solver=solver, **settings).images for solver in ("euler", None))
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
+
+
+def towards_a_gaussian(x: torch.Tensor, t: float, _: float) -> torch.Tensor:
+    """The exact velocity for data N(0.5, 0.3^2): E[x - eps | x_t]."""
+    variance = 0.09 * t**2 + (1 - t) ** 2
+    return 0.5 + (0.09 * t - (1 - t)) / variance * (x - 0.5 * t)
+
+
+@pytest.mark.parametrize(("name", "steps", "bound"), [("euler", 64, 2e-2), ("heun", 64, 3e-3), ("unipc", 64, 3e-3)])
+def test_schedulers_solve_the_flow(name: str, steps: int, bound: float) -> None:
+    noise = torch.linspace(-2, 2, 9, dtype=torch.float32).view(1, 1, 1, 9)
+    scheduler = SCHEDULERS[name]
+    times = set_times(scheduler, steps, 1.0, OBJECTIVES["velocity"], CPU)
+    assert times[0] == pytest.approx(0, abs=2e-3) and times[-1] == 1
+    x = follow_scheduler(scheduler, towards_a_gaussian, noise, times)
+    torch.testing.assert_close(x, 0.5 + 0.3 * noise, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_comes_to_the_same_image(name: str, pipeline: DiPPipeline, tmp_path: Path) -> None:
+    settings = {"class_labels": ["bee"], "seeds": [1], "guidance_scale": 2.0, "output_type": "latent"}
+    exact = pipeline(solver="heun", num_inference_steps=300, **settings).images
+    pipeline.scheduler = type(SCHEDULERS[name]).from_config(SCHEDULERS[name].config)
+    once, twice = (pipeline(num_inference_steps=60, **settings).images for _ in range(2))
+    assert torch.equal(once, twice)  # nothing is left over from the first call
+    assert (once - exact).square().mean().sqrt() < 0.05 * exact.std()
+    pipeline.save_pretrained(tmp_path)
+    again = DiPPipeline.from_pretrained(tmp_path)
+    assert type(again.scheduler) is type(SCHEDULERS[name])
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(num_inference_steps=60, **settings).images, once)
+
+
+def test_noise_of_a_stochastic_scheduler_belongs_to_the_seed(pipeline: DiPPipeline) -> None:
+    pipeline.scheduler = DPMSolverMultistepScheduler(**FLOW, algorithm_type="sde-dpmsolver++")
+    settings = {"num_inference_steps": 6, "output_type": "latent"}
+    alone = pipeline("bee", seeds=[4], **settings).images
+    torch.manual_seed(1)
+    among = pipeline(["ant", "bee"], seeds=[7, 4], **settings).images[1:]
+    torch.testing.assert_close(alone, among, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(alone, pipeline("bee", seeds=[4], solver="euler", **settings).images, atol=0.1)
+
+
+@pytest.mark.parametrize("solver", [None, "ancestral"])
+def test_generators_in_place_of_seeds(pipeline: DiPPipeline, solver: str | None) -> None:
+    settings = {"num_inference_steps": 3, "output_type": "latent", "solver": solver}
+
+    def one(seed: int) -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    first, second = (pipeline(["ant", "bee"], generator=one(3), **settings).images for _ in range(2))
+    assert torch.equal(first, second)
+    each = pipeline(["ant", "bee"], generator=[one(3), one(4)], **settings).images
+    alone = pipeline(["bee"], generator=[one(4)], **settings).images
+    torch.testing.assert_close(each[1:], alone, rtol=1e-4, atol=1e-4)
+    seeded = pipeline(["ant", "bee"], seeds=[3, 4], **settings).images
+    assert not torch.equal(first, seeded)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS, None])
+def test_callback_sees_changes_and_stops(pipeline: DiPPipeline, solver: str | None) -> None:
+    seen = []
+
+    def watch(pipe: DiPPipeline, step: int, t: float, tensors: dict) -> dict:
+        assert pipe is pipeline and (pipe.num_timesteps, pipe.guidance_scale) == (5, 2.0)
+        seen.append((step, t, tensors["latents"]))
+        if step == 1:
+            return {"latents": torch.zeros_like(tensors["latents"])}
+        pipe._interrupt = step == 3
+        return {}
+
+    settings = {"num_inference_steps": 5, "guidance_scale": 2.0, "output_type": "latent", "solver": solver}
+    result = pipeline("ant", callback_on_step_end=watch, trajectory_every=1, **settings)
+    assert [step for step, *_ in seen] == [0, 1, 2, 3]
+    assert [t for _, t, _ in seen] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert torch.equal(result.images, seen[-1][2])
+    # the zeros were taken on: what came after is small, as one step of the velocity makes it
+    assert seen[2][2].abs().max() < 0.7 * seen[0][2].abs().max()
+    assert [t for t, _ in result.trajectory] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert len(pipeline("ant", **settings).images) == 1  # and the next call is not interrupted
+
+
+def test_callback_objects_of_diffusers(pipeline: DiPPipeline) -> None:
+    class Darker(PipelineCallback):
+        tensor_inputs = ["latents"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs) -> dict:
+            return {"latents": callback_kwargs["latents"] - 0.1}
+
+    settings = {"num_inference_steps": 1, "output_type": "latent"}
+    plain = pipeline("ant", **settings).images
+    darker = pipeline("ant", callback_on_step_end=Darker(cutoff_step_ratio=1.0), **settings).images
+    torch.testing.assert_close(darker, plain - 0.1)
+
+
+def test_trajectory(pipeline: DiPPipeline) -> None:
+    path = pipeline("ant", num_inference_steps=5, trajectory_every=2, output_type="latent")
+    assert [t for t, _ in path.trajectory] == pytest.approx([0, 0.4, 0.8, 1])
+    assert torch.equal(path.trajectory[-1][1], path.images)
+
+
+def test_half_precision_keeps_the_state_in_full(model_folder: Path) -> None:
+    half = DiPPipeline.from_pretrained(model_folder, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    full = DiPPipeline.from_pretrained(model_folder)
+    settings = {"num_inference_steps": 10, "output_type": "latent", "seeds": [0]}
+    a, b = (pipe("cow", **settings).images for pipe in (half, full))
+    assert a.dtype == torch.float32
+    assert (a - b).square().mean().sqrt() < 0.02 * b.std()
+    moved = full.to(torch.bfloat16)("cow", **settings).images
+    assert torch.equal(moved, a)
+
+
+def test_repeated_blocks_compile_to_the_same_images(pipeline: DiPPipeline) -> None:
+    torch.compiler.reset()
+    settings = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 1.0}
+    plain = pipeline("ant", **settings).images
+    pipeline.model.compile_repeated_blocks(fullgraph=True)
+    torch.testing.assert_close(pipeline("ant", **settings).images, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_group_offloading_changes_nothing(pipeline: DiPPipeline) -> None:
+    settings = {"num_inference_steps": 3, "output_type": "latent"}
+    plain = pipeline("ant", **settings).images
+    pipeline.model.enable_group_offload(
+        onload_device=CPU, offload_device=CPU, offload_type="block_level", num_blocks_per_group=1
+    )
+    torch.testing.assert_close(pipeline("ant", **settings).images, plain)
+
+
+def test_a_folder_from_before_there_were_schedulers(model_folder: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(model_folder, old)
+    shutil.rmtree(old / "scheduler")
+    index = json.loads((old / "model_index.json").read_text())
+    del index["scheduler"]
+    (old / "model_index.json").write_text(json.dumps(index))
+    assert isinstance(DiPPipeline.from_pretrained(old).scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
+    with pytest.raises(UserError, match=r"DDIMScheduler does not follow the path .* FlowMatch"):
+        DiPPipeline(pipeline.model, DDIMScheduler())
+    pipeline.scheduler = DPMSolverMultistepScheduler()
+    with pytest.raises(UserError, match="use_flow_sigmas=True"):
+        pipeline("ant")
+    assert pipeline("ant", solver="euler", num_inference_steps=1).images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "give class_labels: the model has classes 0 to 2"),
+        ({"class_labels": ["ant"], "seeds": [1, 2]}, "1 class labels but 2 seeds"),
+        ({"class_labels": ["ant"], "generator": [torch.Generator()] * 3}, "1 class labels but 3 generators"),
+        ({"class_labels": ["ant"], "generator": torch.Generator(), "seeds": [1]}, "not both"),
+        ({"class_labels": ["ant"], "solver": "rk4"}, "choose one of euler"),
+        ({"class_labels": ["ant"], "output_type": "jpeg"}, "choose one of pil, np, pt, latent"),
+        ({"class_labels": ["bea"]}, "no class named 'bea'; perhaps 'bee'"),
+        ({"class_labels": [1.5]}, "no class named 1.5"),
+        ({"class_labels": [3]}, "classes 0 to 2"),
+        ({"class_labels": [0], "height": 20}, "multiples of 8"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt; there is only latents"),
+        ({"class_labels": [0], "num_inference_steps": 0}, "at least one step"),
+    ],
+)
+def test_arguments_out_of_range(pipeline: DiPPipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(**arguments)
+
+
+def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) -> None:
+    pipeline.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(UserError, match="set its shift in its configuration"):
+        pipeline("ant", time_shift=2.0)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)  # the same as time_shift
+    shifted, asked = (
+        pipe("ant", num_inference_steps=4, output_type="latent", time_shift=shift).images
+        for pipe, shift in (
+            (pipeline, 1.0),
+            (DiPPipeline(pipeline.model, height=16, width=16, class_names=["ant"]), 2.0),
+        )
+    )
+    torch.testing.assert_close(shifted, asked, rtol=1e-4, atol=1e-5)
+    assert time_grid(4, 2.0)[1] == pytest.approx(1 / 7)
+
+
+def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = {"class_labels": ["ant"], "num_inference_steps": 3, "output_type": "latent"}
+    plain = pipeline(**settings).images
+    layers = ["qkv", "attention.out", "mlp.up"]
+    pipeline.model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False))
+    adapted = pipeline(**settings).images
+    assert (adapted - plain).abs().max() > 0.01
+    pipeline.save_lora_weights(tmp_path)
+    again = DiPPipeline.from_pretrained(model_folder)
+    again.load_lora_weights(tmp_path, adapter_name="mine")
+    assert torch.equal(again(**settings).images, adapted)
+    again.set_adapters("mine", 0.0)
+    assert torch.equal(again(**settings).images, plain)
+    again.set_adapters("mine", 1.0)
+    again.fuse_lora(components=["model"])
+    torch.testing.assert_close(again(**settings).images, adapted, rtol=1e-4, atol=1e-4)
+    again.unfuse_lora(components=["model"])
+    again.unload_lora_weights()
+    torch.testing.assert_close(again(**settings).images, plain, rtol=1e-4, atol=1e-4)
+    weights = {"elsewhere.lora_A.weight": torch.zeros(4, 8), "elsewhere.lora_B.weight": torch.zeros(8, 4)}
+    with pytest.raises(UserError, match=r"LoRA weights: .*elsewhere.* not found"):
+        again.load_lora_weights(weights)
+    with pytest.raises(UserError, match="LoRA weights nowhere: "):
+        again.load_lora_weights("nowhere")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run with previews and an evaluation, on the bundled pictures."""
+    evaluation = {"every": 6, "images": 4, "steps": 1, "metrics": ["kid_efficientnet", "boundary"]}
+    preview = {"every": 6, "images": 10, "steps": 2}
+    recipe = tiny_recipe(tmp_path_factory.mktemp("runs") / "toy", "emoji", evaluation=evaluation, preview=preview)
+    train(recipe, Console(quiet=True))
+    return Path(recipe.out)
+
+
+def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
+    DiPPipeline.from_pretrained(run).save_pretrained(tmp_path / "toy", license="cc-by-4.0")
+    card = (tmp_path / "toy" / "README.md").read_text()
+    assert "license: cc-by-4.0" in card.split("---")[1] and "library_name: pixeldip" in card.split("---")[1]
+    for text in (
+        *("# toy", "Data: emoji, split train", "6 steps of 4 images", "Measured after step 6", "| kid_efficientnet | "),
+        *("class_labels=['red heart', 'sun']", "red heart, sun, strawberry", "patch_size | 8", "num_heads: 2"),
+        f"torch {torch.__version__}",
+    ):
+        assert text in card, text
+    newest = max((run / "previews").iterdir())
+    assert (tmp_path / "toy" / "samples.png").read_bytes() == newest.read_bytes()
+    assert not list(run.rglob("README.md"))  # checkpoints have none: they would be stale
+    # a copy of a copy keeps it; weights from nowhere say so
+    DiPPipeline.from_pretrained(tmp_path / "toy").save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text() == card and (tmp_path / "copy" / "samples.png").is_file()
+    DiPPipeline(DiP(**TINY_MODEL, num_classes=0), height=16, width=16).save_pretrained(tmp_path / "unknown")
+    unknown = (tmp_path / "unknown" / "README.md").read_text()
+    assert "An unconditional" in unknown and "is not known" in unknown and "None was stated" in unknown
+
+
+def test_the_cards_example_runs(run: Path, tmp_path: Path) -> None:
+    DiPPipeline.from_pretrained(run).save_pretrained(tmp_path / "toy")
+    example = (tmp_path / "toy" / "README.md").read_text().split("```python")[1].split("```")[0]
+    names: dict = {}
+    exec(example.replace("FOLDER-OR-HUB-ID", str(tmp_path / "toy")).replace("=50", "=1"), names)
+    assert len(names["images"]) == 2
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as an upload of small files needs."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        url = f"http://127.0.0.1:{self.server.server_port}/me/toy"
+        answer: dict = {"url": url, "name": "me/toy", "id": "me/toy"}
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.decode().splitlines()]
+            for value in (line["value"] for line in lines if line["key"] == "file"):
+                self.server.files[value["path"]] = base64.b64decode(value["content"])
+            answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{url}/commit/{'0' * 40}", "hookOutput": ""}
+        self._answer(answer)
+
+    def do_GET(self) -> None:
+        self._answer({"id": "me/toy", "sha": "0" * 40, "siblings": [], "tags": []})
+
+    def _answer(self, answer: dict) -> None:
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_push_to_hub(run: Path) -> None:
+    """Against a server on this machine; the hub's address is read once, so another process pushes."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server.files = {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = f"from pixeldip import DiPPipeline; p = DiPPipeline.from_pretrained({str(run)!r}); "
+    code += "p.push_to_hub('me/toy', token='hf_x', license='mit')"
+    address = f"http://127.0.0.1:{server.server_port}"
+    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    try:
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+    finally:
+        server.shutdown()
+    assert {"README.md", "samples.png", "model_index.json", "model/config.json"} <= server.files.keys()
+    assert "model/diffusion_pytorch_model.safetensors" in server.files
+    assert "license: mit" in server.files["README.md"].decode() and "# toy" in server.files["README.md"].decode()
