@@ -22,11 +22,11 @@ ORDER = [
     "sampling",
     "vision_models",
     "evaluation",
+    "convert",
     "training",
     "report",
     "studies",
     "demo",
-    "convert",
     "cli",
 ]
 

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import logging
 import operator
 import os
 import tempfile
@@ -204,7 +205,13 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str = "default") -> None:
         """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder."""
         _check_peft()
-        self.model.save_lora_adapter(save_directory, adapter_name)
+        logger = logging.getLogger("diffusers.models.modeling_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns of a cast that is none
+        try:
+            self.model.save_lora_adapter(save_directory, adapter_name)
+        finally:
+            logger.setLevel(level)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by id or exact name.

@@ -36,6 +36,13 @@ class ModelSection:
 
     preset: str | None = None
     """A named size, for instance dip-xl/16; the sizes given beside it override its row."""
+    pretrained: str | None = None
+    """Trained weights to start from: a run folder, a saved model, a hub id or an authors' checkpoint. Its sizes are
+    taken over; those given beside it override them, and what no longer fits starts anew."""
+    lora_rank: Positive | None = None
+    """Train low-rank adapters (LoRA) of the pretrained model's blocks, and nothing else."""
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapters count alpha / rank; None: 1."""
     patch_size: Positive | None = None
     hidden_size: Positive | None = None
     depth: Positive | None = None

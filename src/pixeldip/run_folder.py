@@ -2,8 +2,10 @@
 
 recipe.yaml               the resolved recipe
 environment.json          versions, device and command of the first start
+start.json                what was kept of a pretrained model, if there was one
 metrics.jsonl             a line per logged step, and one per start
-checkpoints/step-…/       training.pt (weights, optimizer, step) and pipeline/ (EMA weights, as diffusers loads them)
+checkpoints/step-…/       training.pt (weights, optimizer, step), pipeline/ (EMA weights, as diffusers loads them)
+                          and, of a run that trains adapters, lora/
 previews/step-….png       sample grids of fixed seeds
 """
 
@@ -18,11 +20,14 @@ from .errors import UserError
 
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
+START = "start.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
 PIPELINE = "pipeline"
+NETWORK = "model"  # the network's folder in a pipeline's
 TRAINING_STATE = "training.pt"
+LORA = "lora"
 
 
 def check_writable(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints that are either complete or not there."""
 
+import copy
 import os
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import UserError
+from ..model import DiP
 from ..pipeline import DiPPipeline
-from ..run_folder import CHECKPOINTS, PIPELINE, TRAINING_STATE, checkpoints, step_name
+from ..run_folder import CHECKPOINTS, LORA, NETWORK, PIPELINE, TRAINING_STATE, checkpoints, step_name
 from .ema import EMA
 
 
@@ -35,8 +37,13 @@ def save_checkpoint(
     partial = folder.with_name(f"partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    DiPPipeline(ema.model, **pipeline).save_pretrained(partial / PIPELINE, model_card=False)
     state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    sampled = ema.model
+    if getattr(ema.model, "peft_config", None):
+        state["ema"] = ema.model.state_dict()
+        DiPPipeline(ema.model, **pipeline).save_lora_weights(partial / LORA)
+        sampled = merged(ema.model)
+    DiPPipeline(sampled, **pipeline).save_pretrained(partial / PIPELINE, model_card=False)
     if projector is not None:
         state["projector"] = projector.state_dict()
     torch.save(state, partial / TRAINING_STATE)
@@ -66,13 +73,22 @@ def load_checkpoint(
         if projector is not None:
             projector.load_state_dict(state["projector"], strict=True)
         optimizer.load_state_dict(state["optimizer"])
-        ema.model.load_state_dict(load_file(folder / PIPELINE / "model" / SAFETENSORS_WEIGHTS_NAME), strict=True)
+        average = state.get("ema") or load_file(folder / PIPELINE / NETWORK / SAFETENSORS_WEIGHTS_NAME)
+        ema.model.load_state_dict(average, strict=True)
     except Exception as error:  # the readers raise many kinds for damaged files
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{folder}: cannot resume from this checkpoint ({reason}); delete it to use an earlier one"
         ) from error
     return state["step"]
+
+
+def merged(model: DiP) -> DiP:
+    """A copy of a model with its adapters added into the layers they stand on."""
+    copied = copy.deepcopy(model)
+    copied.fuse_lora()
+    copied.unload_lora()
+    return copied
 
 
 def _flush(path: Path) -> None:

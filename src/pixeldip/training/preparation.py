@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,22 @@ from ..model.presets import preset_config
 from ..processes import Processes, choose_precision
 from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
-from ..run_folder import ENVIRONMENT, RECIPE, newest_checkpoint
+from ..run_folder import ENVIRONMENT, RECIPE, START, newest_checkpoint
+from .pretrained import Start
 
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
 _MAY_CHANGE = {"out", "preview", "evaluation", "logging", "data.workers", "data.in_memory", "data.max_broken"} | {
     f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device", "gradient_checkpointing")
 }
 
+_NO_SIZES = {"pretrained", "lora_rank", "lora_alpha"}
 
-def check_recipe(recipe: Recipe, world_size: int) -> None:
+
+def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | None = None) -> None:
     """Refuses what cannot work, before any data is opened.
+
+    Args:
+        trained: the configuration of the model to start from, if there is one.
 
     Raises:
         UserError: in one sentence.
@@ -45,7 +51,11 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
     for tracker in recipe.logging.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"logging.trackers: {tracker} is not installed; pip install 'pixeldip[{tracker}]'")
-    sizes = model_config(recipe.model, num_classes=1)
+    if recipe.model.lora_rank and not recipe.model.pretrained:
+        raise UserError("model.lora_rank: adapters need a trained model; name it with model.pretrained")
+    if recipe.model.lora_rank and recipe.alignment.weight:
+        raise UserError("model.lora_rank and alignment.weight: adapters are trained without alignment; set it to 0")
+    sizes = model_config(recipe.model, num_classes=1, trained=trained)
     check_size(*image_size(recipe.data), sizes["patch_size"])
     with torch.device("meta"):
         depth = DiP(**sizes).config.depth
@@ -53,19 +63,33 @@ def check_recipe(recipe: Recipe, world_size: int) -> None:
         raise UserError(f"alignment.block {recipe.alignment.block}: the model has {depth} blocks")
 
 
-def model_config(section: ModelSection, num_classes: int) -> dict[str, Any]:
-    """The `DiP` keywords of a recipe: its preset's row, with the sizes given beside it."""
+def model_config(section: ModelSection, num_classes: int, trained: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The `DiP` keywords of a recipe: its preset's row, or the trained model's, with the sizes given beside it.
+
+    Raises:
+        UserError: if the trained model cannot be what the recipe asks for.
+    """
     values = dataclasses.asdict(section)
     preset = values.pop("preset")
-    given = {name: value for name, value in values.items() if value is not None}
-    base = preset_config(preset) if preset else {"patch_size": 16}
-    return {**base, **given, "num_classes": num_classes}
+    given = {name: value for name, value in values.items() if value is not None and name not in _NO_SIZES}
+    if trained is None:
+        return {**(preset_config(preset) if preset else {"patch_size": 16}), **given, "num_classes": num_classes}
+    if preset:
+        raise UserError("model.preset and model.pretrained both say how large the model is; give one of them")
+    asked = given.get("prediction", trained["prediction"])
+    if asked != trained["prediction"]:
+        raise UserError(
+            f"model.prediction {asked}: the pretrained model puts out the {trained['prediction']}, and keeps doing so"
+        )
+    if given.get("head", trained["head"]) != trained["head"]:
+        trained = {**trained, "head_width": None, "head_depth": None}
+    return {**trained, **given, "num_classes": num_classes}
 
 
-def build_model(section: ModelSection, num_classes: int, seed: int) -> DiP:
+def build_model(section: ModelSection, num_classes: int, seed: int, trained: Mapping[str, Any] | None = None) -> DiP:
     """A freshly initialised model, the same for the same seed."""
     with seeded_initialisation(seed):
-        return DiP(**model_config(section, num_classes))
+        return DiP(**model_config(section, num_classes, trained))
 
 
 @contextlib.contextmanager
@@ -96,18 +120,26 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def prepare_run_folder(run: Path, recipe: Recipe, processes: Processes) -> None:
+def prepare_run_folder(run: Path, recipe: Recipe, processes: Processes, start: Start | None) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         save_recipe(recipe, run / RECIPE)
     except OSError as error:
         raise UserError(f"out {run}: cannot be written ({error.strerror})") from error
+    if start and not (run / START).exists():
+        (run / START).write_text(json.dumps(start.record(), indent=2) + "\n", encoding="utf-8")
     if not (run / ENVIRONMENT).exists():
         (run / ENVIRONMENT).write_text(json.dumps(environment(processes), indent=2) + "\n", encoding="utf-8")
 
 
 def introduce(
-    console: Console, recipe: Recipe, model: DiP, source: Source, processes: Processes, first_step: int
+    console: Console,
+    recipe: Recipe,
+    model: DiP,
+    source: Source,
+    processes: Processes,
+    first_step: int,
+    start: Start | None,
 ) -> None:
     height, width = image_size(recipe.data)
     precision = choose_precision(recipe.training.precision, processes.device)
@@ -119,3 +151,9 @@ def introduce(
         highlight=False,
         soft_wrap=True,
     )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sentences = start.sentences() if start and not first_step else []
+    if recipe.model.lora_rank:
+        sentences.append(f"LoRA: {trained / 1e6:.2f} M parameters are trained")
+    for sentence in sentences:
+        console.print(sentence, highlight=False, soft_wrap=True)

@@ -21,7 +21,7 @@ from ..model import DiP
 from ..processes import Processes, autocast, choose_precision, start_processes, stop_processes
 from ..provenance import command
 from ..recipe import Recipe
-from ..run_folder import newest_checkpoint
+from ..run_folder import NETWORK, PIPELINE, newest_checkpoint
 from .alignment import AlignedDiP, Alignment, load_alignment
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EMA
@@ -35,6 +35,7 @@ from .preparation import (
     prepare_run_folder,
     seeded_initialisation,
 )
+from .pretrained import add_adapters, load_pretrained, network_config, read_start, start_from
 from .preview import save_preview
 from .progress import Progress, peak_flops, training_flops
 from .schedule import draw, learning_rate
@@ -62,12 +63,26 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
     run = Path(recipe.out)
     processes = start_processes(training.device)
     try:
-        check_recipe(recipe, processes.world_size)
         if not processes.is_main:
             console.quiet = True
-        source = open_source(recipe.data)
         check_resume(run, recipe)
-        model = build_model(recipe.model, len(source.class_names), training.seed).to(processes.device)
+        checkpoint = newest_checkpoint(run)
+        pretrained, trained, start = None, None, None
+        if recipe.model.pretrained and checkpoint:
+            trained = network_config(DiP.load_config(checkpoint / PIPELINE / NETWORK))
+            start = read_start(run)
+        elif recipe.model.pretrained:
+            pretrained = load_pretrained(recipe.model.pretrained, processes)
+            trained = network_config(pretrained.model.config)
+        check_recipe(recipe, processes.world_size, trained)
+        source = open_source(recipe.data)
+        model = build_model(recipe.model, len(source.class_names), training.seed, trained)
+        if pretrained:
+            start = start_from(recipe.model.pretrained, pretrained, model, source.class_names)
+        if recipe.model.lora_rank:
+            with seeded_initialisation(training.seed, 2):
+                add_adapters(model, recipe.model, train_classes=bool(start.classes_new))
+        model.to(processes.device)
         if training.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         ema = EMA(model, training.ema_decay)
@@ -78,13 +93,12 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
                 network = AlignedDiP(model, recipe.alignment, alignment.width).to(processes.device)
             projector = network.projector
         optimizer = torch.optim.AdamW(
-            network.parameters(),
+            [parameter for parameter in network.parameters() if parameter.requires_grad],
             lr=recipe.optimizer.lr,
             betas=recipe.optimizer.betas,
             weight_decay=recipe.optimizer.weight_decay,
             fused=processes.device.type in ("cpu", "cuda"),
         )
-        checkpoint = newest_checkpoint(run)
         first_step = load_checkpoint(checkpoint, model, ema, optimizer, projector) if checkpoint else 0
         if first_step >= training.steps:
             console.print(f"{run}: all {first_step} steps are done; raise --training.steps to go on", soft_wrap=True)
@@ -93,8 +107,8 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         if images.fits_in_memory():
             images.load_into_memory(console)
         if processes.is_main:
-            prepare_run_folder(run, recipe, processes)
-        introduce(console, recipe, model, source, processes, first_step)
+            prepare_run_folder(run, recipe, processes, start)
+        introduce(console, recipe, model, source, processes, first_step, start)
         metrics = None
         if recipe.evaluation.every:
             metrics = TrainingMetrics(recipe, source, model.config.patch_size, processes, console)
