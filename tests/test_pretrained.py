@@ -9,6 +9,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip.cli import main
 from pixeldip.recipe import Recipe, load_recipe, parse_recipe, recipe_values
 from pixeldip.run_folder import newest_checkpoint, read_metrics
 from pixeldip.training import train
@@ -189,13 +190,23 @@ def test_merging_leaves_the_original_alone(trained: DiPPipeline) -> None:
         ({"preset": "dip-s/16"}, "give one of them"),
         ({"prediction": "noise"}, "puts out the velocity"),
         ({"patch_size": 7}, "multiples of 7"),
+        ({"hidden_size": 64}, "nothing of its blocks fits .hidden_size 32 there, 64 here"),
         ({"pretrained": None, "lora_rank": 2}, "adapters need a trained model"),
     ],
 )
 def test_refused(model: dict, message: str, trained: DiPPipeline, tmp_path: Path, picture_folder: Path) -> None:
     with pytest.raises(UserError, match=message):
         train(recipe_from(tmp_path, picture_folder, model=model), QUIET)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_flags_that_name_a_network_replace_the_recipes(trained: DiPPipeline, tmp_path: Path, picture_folder) -> None:
+    flags = "--data.resolution 16 --training.steps 1 --training.batch-size 2 --preview.every 0 --training.device cpu"
+    where = ["--data.source", str(picture_folder), "--out", str(tmp_path / "run")]
+    assert main(["train", "--model.pretrained", str(tmp_path / "trained"), *where, *flags.split()]) == 0
+    assert DiPPipeline.from_pretrained(tmp_path / "run").model.config.hidden_size == 32
+    record = json.loads((tmp_path / "run" / "start.json").read_text())
+    assert (record["new"], record["trained_at"]) == ([], [16, 16])
 
 
 def test_from_an_authors_checkpoint(tmp_path: Path, picture_folder: Path) -> None:

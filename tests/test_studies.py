@@ -146,15 +146,16 @@ def test_what_counts_as_different() -> None:
 
 
 def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """One seed, then another one: the first runs stay as they are, and the report speaks of both."""
+    """One seed and two contenders, then all: the first runs stay as they are, and the report speaks of all."""
     arguments = ["placement", "--out", tmp_path, "--steps", 1, "--images", 10]
-    assert study(*arguments, "--seeds", 1) == 0
+    assert study(*arguments, "--seeds", 1, "--contenders", "dit", "hybrid") == 0
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
-    assert len(first) == 4
+    assert len(first) == 2
+    assert "Intermediate" not in (tmp_path / "report.md").read_text()
     assert "?" in (tmp_path / "report.md").read_text()
     capsys.readouterr()
     assert study(*arguments, "--seeds", 2) == 0
-    assert "run 5 of 8" in capsys.readouterr().out
+    assert "run 2 of 8" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in first} == first
     result = json.loads((tmp_path / "runs" / "hybrid-seed1" / "result.json").read_text())
     assert (result["contender"], result["seed"], result["recipe"]["training"]["seed"]) == ("hybrid", 1, 1)
@@ -205,6 +206,7 @@ def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
         (["haeds"], "no study 'haeds'; perhaps heads"),
         (["heads", "--seeds", "0"], "--seeds"),
         (["heads", "--images", "3"], "--images"),
+        (["heads", "--contenders", "unet", "dti"], "--contenders dti: the heads study has unet, coordinate-mlp"),
         (["heads", "--data", "nowhere"], "no such folder"),
         (["heads", "--data", "{pictures}"], "name images that are not trained on, --held-out"),
         (["heads", "--data", "{pictures}", "--held-out", "emoji"], "they must be the same"),

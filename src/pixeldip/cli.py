@@ -14,6 +14,7 @@ from rich.console import Console
 from .errors import UserError
 from .recipe import (
     EvaluationOptions,
+    ModelSection,
     Positive,
     Recipe,
     SamplingSettings,
@@ -71,11 +72,17 @@ def train(arguments: list[str]) -> int:
     """Train a model, or resume its run: pixeldip train [RECIPE.yaml] [--section.key value]."""
     positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
     default = load_recipe(positional[0]) if positional else load_recipe("my-images")
+    named = {argument.partition("=")[0] for argument in arguments}
+    if "--model.pretrained" in named:  # a whole network takes the place of the recipe's sizes
+        default.model = ModelSection()
+    elif "--model.preset" in named:
+        default.model = ModelSection(prediction=default.model.prediction)
     recipe = tyro.cli(
         Recipe,
         prog="pixeldip train [RECIPE]",
         description="Train a model, or resume the run in --out. RECIPE is a YAML file or the name of a packaged "
-        "recipe (default: my-images); every flag overrides one of its values.",
+        "recipe (default: my-images); every flag overrides one of its values. --model.preset and --model.pretrained "
+        "take the place of all the recipe's sizes.",
         default=default,
         args=arguments[len(positional) :],
     )
@@ -192,6 +199,8 @@ class StudyArguments:
     """A reference .npz to measure distances to, in place of the held-out images."""
     image: Path | None = None
     """The photograph of overfit; by default the bundled one."""
+    contenders: tuple[str, ...] = ()
+    """Names of those to compare, for instance unet dit; by default all of the study's."""
     seeds: Positive = 3
     """Trainings of every contender, with seeds 0, 1, 2 …"""
     steps: Positive | None = None

@@ -41,6 +41,7 @@ def study_command(arguments: Any) -> int:
         arguments.held_out,
         arguments.held_out_split,
         arguments.reference,
+        arguments.contenders,
         arguments.seeds,
         arguments.steps,
         arguments.images,

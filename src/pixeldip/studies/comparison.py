@@ -19,7 +19,7 @@ from ..recipe import Recipe, load_recipe, recipe_values
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import clock
 from ..training import train
-from .folder import claim, write_json
+from .folder import claim, read_json, write_json
 from .measures import measure_costs, measure_quality, training_rate
 from .study import Contender, Study, changed, contender_recipe
 
@@ -40,6 +40,7 @@ class ComparisonOptions:
     held_out: str
     held_out_split: str
     reference: str
+    contenders: tuple[str, ...]
     seeds: int
     steps: int | None
     images: int | None
@@ -75,7 +76,7 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
     held_out = open_held_out(base, options)
     if comparison.needs_classes and len(held_out.class_names) < 2:
         raise UserError(f"the {study.name} study needs images of at least two classes, a sub-folder or label for each")
-    contenders = study.contenders(options.scale)
+    contenders = chosen_contenders(study, options)
     held_out_from = {"source": options.held_out or base.data.source, "split": options.held_out_split}
     recipe = recipe_values(base)
     claim(options.out, {"study": study.name, "scale": options.scale, "held_out": held_out_from, "recipe": recipe})
@@ -106,6 +107,20 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
     finally:
         stop_processes()
     return 0
+
+
+def chosen_contenders(study: Study, options: ComparisonOptions) -> tuple[Contender, ...]:
+    """The contenders asked for, in the study's order.
+
+    Raises:
+        UserError: if there is none of a name.
+    """
+    contenders = study.contenders(options.scale)
+    names = [contender.name for contender in contenders]
+    for name in options.contenders:
+        if name not in names:
+            raise UserError(f"--contenders {name}: the {study.name} study has {', '.join(names)}")
+    return tuple(c for c in contenders if c.name in (options.contenders or names))
 
 
 def base_recipe(study: Study, options: ComparisonOptions) -> Recipe:
@@ -191,7 +206,7 @@ def _grid(images: SampledImages) -> Image.Image:
 
 
 def _costs(out: Path, recipes: Mapping[str, Recipe], num_classes: int, processes: Processes) -> None:
-    if (out / COSTS).is_file():
+    if (out / COSTS).is_file() and read_json(out / COSTS)["costs"].keys() >= recipes.keys():
         return
     measured = measure_costs(recipes, num_classes, processes.device)
     write_json(out / COSTS, {"costs": measured, "environment": environment(processes)})

@@ -32,15 +32,17 @@ PATCH_AXES = {
 }
 # Parts that only mean the same when they belong to the same head in the same place
 HEAD_PARTS = ("detailer.", "injection.", "context.")
+SIZES = ("hidden_size", "num_heads", "mlp_ratio")
 ADAPTED_LAYERS = r"backbone\.blocks\.\d+\.(attention\.(qkv|out)|mlp\.(gate|up|down)|modulation)"
 CHECKPOINTS = (".ckpt", ".safetensors")
 
 
 @dataclass
 class Start:
-    """What a model begins with: tensors by name, and classes by name or id."""
+    """What a model begins with: tensors by name, classes by name or id, and the (height, width) of its training."""
 
     pretrained: str
+    trained_at: list[int]
     kept: list[str] = field(default_factory=list)
     resampled: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
@@ -52,7 +54,9 @@ class Start:
 
     def sentences(self) -> list[str]:
         """For people."""
-        lines = [f"{len(self.kept)} tensors kept from {self.pretrained}"]
+        lines = [
+            f"{len(self.kept)} tensors kept from {self.pretrained}, trained at {'x'.join(map(str, self.trained_at))}"
+        ]
         if self.resampled:
             lines.append(f"resampled to another patch size: {', '.join(self.resampled)}")
         if self.new:
@@ -110,7 +114,7 @@ def start_from(name: str, pretrained: DiPPipeline, model: DiP, class_names: Sequ
     by name, or, if the trained model has no names, by id where there are as many classes; a new class starts as the
     null class, which is kept.
     """
-    start = Start(name)
+    start = Start(name, trained_at=[pretrained.config.height, pretrained.config.width])
     theirs, ours = pretrained.model.state_dict(), model.state_dict()
     old, new = pretrained.model.config, model.config
     same_head = (old.head, old.placement) == (new.head, new.placement)
@@ -130,6 +134,9 @@ def start_from(name: str, pretrained: DiPPipeline, model: DiP, class_names: Sequ
             (start.resampled if resampled.shape == value.shape else start.new).append(key)
         else:
             start.new.append(key)
+    if not any(key.startswith("backbone.blocks.") for key in start.kept):
+        sizes = ", ".join(f"{key} {old[key]} there, {new[key]} here" for key in SIZES if old[key] != new[key])
+        raise UserError(f"model.pretrained {name}: nothing of its blocks fits ({sizes}); leave the sizes out")
     return start
 
 

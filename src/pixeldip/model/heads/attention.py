@@ -57,7 +57,7 @@ class AttentionHead(nn.Module):
         p = patch.shape[-1]
         pixels = to_pixels(patch)  # (M, P*P, C)
         positions = position_features(p, patch.device).to(pixels.dtype)
-        h = self.embed(torch.cat([pixels, positions.expand(len(pixels), -1, -1)], dim=-1))
+        h = self.embed(torch.cat([pixels, positions.expand(pixels.shape[0], -1, -1)], dim=-1))
         rope = rope_2d(p, p, PIXEL_HEAD_DIM, device=patch.device)
         for block in self.blocks:
             h = block(h, context, rope)

@@ -44,7 +44,7 @@ class CoordinateMLPHead(nn.Module):
         """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P)."""
         pixels = to_pixels(patch)  # (M, P*P, C)
         positions = position_features(patch.shape[-1], patch.device).to(pixels.dtype)
-        h = self.embed(torch.cat([pixels, positions.expand(len(pixels), -1, -1)], dim=-1))
+        h = self.embed(torch.cat([pixels, positions.expand(pixels.shape[0], -1, -1)], dim=-1))
         for block in self.blocks:
             h = block(h, context)
         return from_pixels(self.out(self.norm(h)), patch.shape)
