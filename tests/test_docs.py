@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from pixeldip import DiP
+from pixeldip.cli import main
 from pixeldip.model import HEADS, PLACEMENTS
 
 from . import test_model
@@ -60,6 +62,17 @@ def test_python_of_the_pages(saved_run: Path, monkeypatch: pytest.MonkeyPatch, t
             exec(code.replace("num_inference_steps=20", "num_inference_steps=2"), names)
         assert len(names["images"]) in (1, 2) and names["images"][0].size == (32, 32)
     assert (saved_run / "fox.png").is_file()
+
+
+def test_onnx_example(saved_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/export.md: its first command, then its code."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(saved_run)
+    page = ROOT / "docs" / "export.md"
+    command = blocks(page, "")[0].splitlines()[0].split()
+    assert main(command[1:]) == 0
+    exec(blocks(page, "python")[0], {})
+    assert Image.open(saved_run / "exported" / "1.png").size == (32, 32)
 
 
 @pytest.fixture(scope="module")

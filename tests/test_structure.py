@@ -22,6 +22,7 @@ ORDER = [
     "sampling",
     "vision_models",
     "evaluation",
+    "export",
     "convert",
     "training",
     "report",

@@ -242,6 +242,30 @@ def convert(arguments: list[str]) -> int:
     return 0
 
 
+@dataclass
+class ExportArguments:
+    """Write a model's network as a program of its own, checked against the model."""
+
+    model: tyro.conf.Positional[str] = tyro.MISSING
+    """A run folder, a saved model folder or a hub id."""
+    format: Literal["torch", "onnx"] = "onnx"
+    """torch: torch.export, and an AOTInductor package where a C++ compiler is found; onnx: for any ONNX runtime."""
+    out: Path = Path("exported")
+    """Folder to write."""
+    height: Positive | None = None
+    width: Positive | None = None
+
+
+def export(arguments: list[str]) -> int:
+    """Write a model's network as a torch.export or ONNX program."""
+    parsed = tyro.cli(ExportArguments, prog="pixeldip export", args=arguments)
+    check_flags(parsed)
+    from .export import export_command
+
+    export_command(parsed)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "train": train,
@@ -249,6 +273,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "study": study,
     "convert": convert,
+    "export": export,
 }
 
 if __name__ == "__main__":

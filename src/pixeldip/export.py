@@ -1,0 +1,154 @@
+"""A model's network as a program of its own: for `torch.export`, or as ONNX, which needs neither torch nor pixeldip."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from .errors import UserError
+from .flow import time_grid
+from .model import DiP, check_size
+from .pipeline import DiPPipeline
+from .provenance import made_by
+from .run_folder import check_writable
+from .sampling import load_pipeline
+
+RECORD = "export.json"
+PROGRAM, PACKAGE, ONNX = "model.pt2", "model.aoti.pt2", "model.onnx"
+CHECKED_BATCHES = (1, 2, 5)
+TOLERANCE = 1e-3  # of the largest value
+LARGEST_BATCH = 4096
+STEPS = 50
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def export_command(arguments: Any) -> None:
+    """What `pixeldip export` does with its `ExportArguments`."""
+    console = Console()
+    pipeline = load_pipeline(arguments.model, torch.device("cpu"))
+    height, width = arguments.height or pipeline.config.height, arguments.width or pipeline.config.width
+    errors = export_model(pipeline, arguments.out, arguments.format, height, width, console)
+    for name, error in errors.items():
+        console.print(
+            f"{arguments.out / name}: differs from the model by {error:.1e} of its largest value", soft_wrap=True
+        )
+
+
+def export_model(
+    pipeline: DiPPipeline, out: Path, format: str, height: int, width: int, console: Console
+) -> dict[str, float]:
+    """Writes (x, t, y) -> velocity for any batch size and one image size, checked against the model itself.
+
+    x is float32 (B, C, H, W), t float32 (B,), y int64 (B,), where `null_class` of export.json means no class. "torch"
+    writes `model.pt2` for `torch.export.load` and, where a C++ compiler is found, `model.aoti.pt2` for
+    `torch._inductor.aoti_load_package`; "onnx" writes `model.onnx`.
+
+    Returns:
+        The largest difference from the model by file, relative to the largest value.
+
+    Raises:
+        UserError: if a package is missing, the size does not fit, or a program does not do what the model does.
+    """
+    model = pipeline.model.eval()
+    check_size(height, width, model.config.patch_size)
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"export to ONNX needs {package}: pip install 'pixeldip[export]'")
+    check_writable(out / RECORD)
+    with console.status("tracing"), _quiet():
+        program = torch.export.export(model, _inputs(model, height, width, 2), dynamic_shapes=_dynamic_batch())
+    written: dict[str, Velocity] = {}
+    if format == "torch":
+        torch.export.save(program, out / PROGRAM)
+        written[PROGRAM] = torch.export.load(out / PROGRAM).module()
+        if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+            with console.status("compiling"), _quiet():
+                torch._inductor.aoti_compile_and_package(program, package_path=str(out / PACKAGE))
+            written[PACKAGE] = torch._inductor.aoti_load_package(str(out / PACKAGE))
+        else:
+            console.print("no C++ compiler found: no AOTInductor package was made", soft_wrap=True)
+    else:
+        with console.status("translating"), _quiet():
+            translated = torch.onnx.export(
+                program, dynamo=True, input_names=["x", "t", "y"], output_names=["velocity"], verbose=False
+            )
+            translated.save(str(out / ONNX))
+        written[ONNX] = _onnx_velocity(out / ONNX)
+    with console.status("checking"):
+        errors = {name: difference(velocity, model, height, width) for name, velocity in written.items()}
+    for name, error in errors.items():
+        if error > TOLERANCE:
+            raise UserError(f"{out / name}: differs from the model by {error:.2g} of its largest value; do not use it")
+    record = {
+        **made_by(),
+        "height": height,
+        "width": width,
+        "channels": model.config.in_channels,
+        "null_class": model.config.num_classes,
+        "class_names": pipeline.config.class_names,
+        "times": time_grid(STEPS, 1.0, model.objective),
+        "differences": errors,
+    }
+    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return errors
+
+
+@torch.no_grad()
+def difference(velocity: Velocity, model: DiP, height: int, width: int) -> float:
+    """The largest difference of a program from the model, over several batch sizes, relative to the largest value."""
+    worst = 0.0
+    for batch in CHECKED_BATCHES:
+        inputs = _inputs(model, height, width, batch)
+        expected = model(*inputs)
+        error = (velocity(*inputs) - expected).abs().max() / expected.abs().max()
+        worst = max(worst, error.item())
+    return worst
+
+
+def _inputs(model: DiP, height: int, width: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, model.config.in_channels, height, width, generator=generator)
+    t = torch.rand(batch, generator=generator)
+    return x, t, torch.arange(batch) % (model.config.num_classes + 1)
+
+
+def _dynamic_batch() -> dict[str, Any]:
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    return {name: {0: batch} for name in ("x", "t", "y")}
+
+
+def _onnx_velocity(path: Path) -> Velocity:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        inputs = {"x": x.numpy(), "t": t.numpy(), "y": y.numpy()}
+        return torch.from_numpy(session.run(None, inputs)[0])
+
+    return velocity
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's notes about packages it does not find and interfaces it will change."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

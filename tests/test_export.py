@@ -1,0 +1,64 @@
+"""Programs that do what the model does, without it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip.cli import main
+from pixeldip.export import difference, export_model
+from pixeldip.model import HEADS
+
+from .conftest import TINY_MODEL, opened_up, saved_model
+
+QUIET = Console(quiet=True)
+
+
+def pipeline_of(**changes) -> DiPPipeline:
+    model = opened_up(DiP(**{**TINY_MODEL, "num_classes": 3, **changes}))
+    return DiPPipeline(model, height=16, width=24, class_names=["ant", "bee", "cow"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"head": head, "head_width": {"linear": None, "attention": 16}.get(head, 8)} for head in HEADS),
+        {"placement": "hybrid", "prediction": "noise"},
+        {"prediction": "image"},
+    ],
+)
+def test_onnx_is_the_model(changes: dict, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    errors = export_model(pipeline_of(**changes), tmp_path, "onnx", 16, 24, QUIET)
+    assert errors.keys() == {"model.onnx"} and errors["model.onnx"] < 1e-4
+
+
+def test_the_command_and_its_torch_programs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = saved_model(tmp_path / "model", 16)
+    assert main(["export", str(folder), "--format", "torch", "--out", str(tmp_path / "out"), "--width", "8"]) == 0
+    assert "model.pt2: differs from the model by" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (record["height"], record["width"], record["null_class"]) == (16, 8, 3)
+    assert record["class_names"] == ["ant", "bee", "cow"] and len(record["times"]) == 51 and record["command"]
+    model = DiPPipeline.from_pretrained(folder).model
+    assert difference(torch.export.load(tmp_path / "out" / "model.pt2").module(), model, 16, 8) < 1e-5
+    if "model.aoti.pt2" in record["differences"]:
+        package = torch._inductor.aoti_load_package(str(tmp_path / "out" / "model.aoti.pt2"))
+        assert difference(package, model, 16, 8) < 1e-4
+
+
+def test_a_program_of_another_model_is_told_apart() -> None:
+    a, b = (opened_up(DiP(**TINY_MODEL, num_classes=3), seed=seed) for seed in (1, 2))
+    assert difference(a, b, 16, 16) > 0.1
+
+
+def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="multiples of 8"):
+        export_model(pipeline_of(), tmp_path, "onnx", 12, 16, QUIET)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        export_model(pipeline_of(), tmp_path / "file", "torch", 16, 16, QUIET)
+    assert main(["export", "nowhere"]) == 2
