@@ -321,6 +321,11 @@ def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     # a copy of a copy keeps it; weights from nowhere say so
     DiPPipeline.from_pretrained(tmp_path / "toy").save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "README.md").read_text() == card and (tmp_path / "copy" / "samples.png").is_file()
+    DiPPipeline.from_pretrained(run).save_pretrained(tmp_path / "unlicensed")
+    DiPPipeline.from_pretrained(tmp_path / "unlicensed").save_pretrained(tmp_path / "licensed", license="cc-by-4.0")
+    assert "None was stated" in (tmp_path / "unlicensed" / "README.md").read_text()
+    licensed = (tmp_path / "licensed" / "README.md").read_text()
+    assert sorted(licensed.splitlines()) == sorted(card.splitlines())  # the entries at the top have no order
     DiPPipeline(DiP(**TINY_MODEL, num_classes=0), height=16, width=16).save_pretrained(tmp_path / "unknown")
     unknown = (tmp_path / "unknown" / "README.md").read_text()
     assert "An unconditional" in unknown and "is not known" in unknown and "None was stated" in unknown

@@ -16,7 +16,7 @@ ORDER = [
     "images",
     "flow",
     "model",
-    "model_card",
+    "sharing",
     "pipeline",
     "data",
     "sampling",

@@ -17,29 +17,25 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import BaseOutput, is_accelerate_available, is_peft_available
-from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi
 from PIL import Image
 from torch import Tensor
 
 from .errors import UserError
 from .flow import (
     SOLVERS,
-    Stream,
+    SampleNoise,
     check_flow_scheduler,
-    fold_seed,
     follow_scheduler,
     guided_velocity,
     is_stochastic,
-    seeded_normal,
     set_times,
     start_state,
     time_grid,
 )
 from .images import to_pil
 from .model import DiP, check_size
-from .model_card import write_model_card
-from .run_folder import PIPELINE, newest_checkpoint
+from .run_folder import resolve_model
+from .sharing import upload, write_model_card
 
 
 @dataclass
@@ -143,7 +139,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 license,
             )
         if push_to_hub:
-            self._upload(save_directory, hub.pop("repo_id", Path(save_directory).name), **hub)
+            upload(Path(save_directory), hub.pop("repo_id", Path(save_directory).name), **hub)
 
     def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs: Any) -> str:
         """Saves the pipeline with its model card and uploads it.
@@ -160,22 +156,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / repo_id.rpartition("/")[2]
             self.save_pretrained(saved, license=license, **kwargs)
-            return self._upload(saved, repo_id, **hub)
-
-    def _upload(
-        self,
-        folder: str | os.PathLike,
-        repo_id: str,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-    ) -> str:
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        message = commit_message or "Upload DiPPipeline"
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr)
-        return str(commit)
+            return upload(saved, repo_id, **hub)
 
     def load_lora_weights(
         self,
@@ -306,7 +287,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(sorted(unknown))}; there is only {STATE}")
         shape = (model.config.in_channels, height, width)
-        random = _Random(seeds, generator, len(labels), shape, device)
+        random = SampleNoise(seeds, generator, len(labels), shape, device)
         null_class = model.config.num_classes
         scale = guidance_scale if null_class else 1.0
         velocity = guided_velocity(model, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
@@ -378,44 +359,6 @@ def _check_peft() -> None:
         raise UserError("LoRA needs PEFT: pip install 'pixeldip[lora]'")
 
 
-class _Random:
-    """All random numbers of one call, from a seed per image or from generators.
-
-    Attributes:
-        start: the noise (B, C, H, W) sampling starts from.
-        generators: for schedulers that draw fresh noise.
-    """
-
-    def __init__(
-        self,
-        seeds: Sequence[int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        count: int,
-        shape: tuple[int, ...],
-        device: torch.device,
-    ):
-        self.seeds = list(range(count)) if seeds is None and generator is None else seeds
-        self.count, self.shape, self.device = count, shape, device
-        if self.seeds is None:
-            self.generators = generator
-            self.start = self._normal()
-        else:
-            fresh = [fold_seed(seed, Stream.FRESH_NOISE) for seed in self.seeds]
-            self.generators = [torch.Generator().manual_seed(seed) for seed in fresh]
-            self.start = seeded_normal(self.seeds, shape, device)
-
-    def fresh(self, step: int) -> Tensor:
-        """Noise (B, C, H, W) that a step adds."""
-        if self.seeds is None:
-            return self._normal()
-        return seeded_normal(
-            [fold_seed(seed, Stream.FRESH_NOISE, step) for seed in self.seeds], self.shape, self.device
-        )
-
-    def _normal(self) -> Tensor:
-        return randn_tensor((self.count, *self.shape), self.generators, self.device)
-
-
 def _put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
     if output_type == "pil":
         return to_pil(x)
@@ -423,35 +366,3 @@ def _put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Te
         return x
     shares = (x.float() / 2 + 0.5).clamp(0, 1)
     return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def names_a_model(name: str) -> bool:
-    """Whether `resolve_model` would look for a model there: a folder that holds one, or a hub id."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return (path / "model_index.json").is_file() or newest_checkpoint(path) is not None
-    return not path.exists() and path.suffix != ".npz" and _may_be_hub_id(name)
-
-
-def _may_be_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def resolve_model(name: str) -> str:
-    """The folder or hub id of a pipeline, given a run folder, a saved model folder or a hub id.
-
-    Raises:
-        UserError: if it is a folder without a model, or no folder and no hub id.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "model_index.json").is_file():
-            return str(path)
-        if checkpoint := newest_checkpoint(path):
-            return str(checkpoint / PIPELINE)
-        raise UserError(f"{name}: neither a saved model (no model_index.json) nor a run with a checkpoint")
-    if path.exists():
-        raise UserError(f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {name} OUT")
-    if not _may_be_hub_id(name):
-        raise UserError(f"{name}: no such folder, and not a hub id (owner/name)")
-    return name

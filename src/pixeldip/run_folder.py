@@ -86,3 +86,35 @@ def _lines(run: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):  # the line that was being written when the run was killed
             yield json.loads(line)
+
+
+def names_a_model(name: str) -> bool:
+    """Whether `resolve_model` would look for a model there: a folder that holds one, or a hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return (path / "model_index.json").is_file() or newest_checkpoint(path) is not None
+    return not path.exists() and path.suffix != ".npz" and _may_be_hub_id(name)
+
+
+def _may_be_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def resolve_model(name: str) -> str:
+    """The folder or hub id of a pipeline, given a run folder, a saved model folder or a hub id.
+
+    Raises:
+        UserError: if it is a folder without a model, or no folder and no hub id.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "model_index.json").is_file():
+            return str(path)
+        if checkpoint := newest_checkpoint(path):
+            return str(checkpoint / PIPELINE)
+        raise UserError(f"{name}: neither a saved model (no model_index.json) nor a run with a checkpoint")
+    if path.exists():
+        raise UserError(f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {name} OUT")
+    if not _may_be_hub_id(name):
+        raise UserError(f"{name}: no such folder, and not a hub id (owner/name)")
+    return name

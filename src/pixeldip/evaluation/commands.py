@@ -6,9 +6,8 @@ from rich.console import Console
 
 from ..data import NpzFile
 from ..errors import UserError
-from ..pipeline import names_a_model
 from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
-from ..run_folder import check_writable
+from ..run_folder import check_writable, names_a_model
 from ..sampling import SampledImages, image_writer, load_pipeline
 from ..terminal import image_progress, warn
 from .extractors import load_together

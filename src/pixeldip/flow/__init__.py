@@ -1,7 +1,7 @@
 """The path, objectives, solvers and guidance: functions of callables, free of the network."""
 
 from .guidance import guided_velocity
-from .noise import Stream, fold_seed, seeded_normal
+from .noise import SampleNoise, Stream, fold_seed, seeded_normal
 from .objectives import OBJECTIVES, VelocityObjective
 from .path import (
     clean_image,
@@ -18,6 +18,7 @@ from .solvers import SOLVERS, evaluations, is_stochastic, start_state, time_grid
 __all__ = [
     "OBJECTIVES",
     "SOLVERS",
+    "SampleNoise",
     "Stream",
     "VelocityObjective",
     "check_flow_scheduler",

@@ -5,6 +5,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
@@ -34,3 +35,41 @@ def seeded_normal(seeds: Sequence[int], shape: tuple[int, ...], device: torch.de
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows).to(device)
+
+
+class SampleNoise:
+    """All random numbers of one call, from a seed per image or from generators.
+
+    Attributes:
+        start: the noise (B, C, H, W) sampling starts from.
+        generators: for schedulers that draw fresh noise.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        count: int,
+        shape: tuple[int, ...],
+        device: torch.device,
+    ):
+        self.seeds = list(range(count)) if seeds is None and generator is None else seeds
+        self.count, self.shape, self.device = count, shape, device
+        if self.seeds is None:
+            self.generators = generator
+            self.start = self._normal()
+        else:
+            fresh = [fold_seed(seed, Stream.FRESH_NOISE) for seed in self.seeds]
+            self.generators = [torch.Generator().manual_seed(seed) for seed in fresh]
+            self.start = seeded_normal(self.seeds, shape, device)
+
+    def fresh(self, step: int) -> Tensor:
+        """Noise (B, C, H, W) that a step adds."""
+        if self.seeds is None:
+            return self._normal()
+        return seeded_normal(
+            [fold_seed(seed, Stream.FRESH_NOISE, step) for seed in self.seeds], self.shape, self.device
+        )
+
+    def _normal(self) -> Tensor:
+        return randn_tensor((self.count, *self.shape), self.generators, self.device)

@@ -1,4 +1,4 @@
-"""The README of a shared model: how to use it and, where the run is known, what made it and how good it is."""
+"""Sharing a saved model: its card, which says how to use it and what made it, and the upload."""
 
 import json
 import shutil
@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from . import __version__
 from .run_folder import ENVIRONMENT, RECIPE, newest_checkpoint, newest_preview, read_evaluations, read_metrics
 
 CARD = "README.md"
 SAMPLES = "samples.png"
-TEMPLATE = Path(__file__).with_suffix(".md")
+LICENCE = "## Licence\n\n{}"
+NO_LICENCE = "None was stated for these weights."
+TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
 def write_model_card(
@@ -34,11 +36,8 @@ def write_model_card(
         origin: the run it was trained in, or the saved folder it was loaded from, whose card it keeps.
         license: of the weights, as the hub spells it; None: the card says that none was stated.
     """
-    if origin and (origin / CARD).is_file() and license is None:
-        if origin.resolve() != folder.resolve():
-            for name in (CARD, SAMPLES):
-                if (origin / name).is_file():
-                    shutil.copyfile(origin / name, folder / name)
+    if origin and (origin / CARD).is_file():
+        _keep_card(origin, folder, license)
         return
     run = origin if origin and newest_checkpoint(origin) else None
     data = ModelCardData(
@@ -60,11 +59,37 @@ def write_model_card(
         parameters=f"{parameters / 1e6:.1f} M",
         example=repr(example) if example else None,
         has_samples=(folder / SAMPLES).is_file(),
-        license=license,
+        licence=LICENCE.format(license or NO_LICENCE),
         version=__version__,
         run=_facts(run) if run else None,
     )
     card.save(folder / CARD)
+
+
+def _keep_card(origin: Path, folder: Path, license: str | None) -> None:
+    """The card of a model that is saved again, with a licence if one is stated now."""
+    if (origin / SAMPLES).is_file() and origin.resolve() != folder.resolve():
+        shutil.copyfile(origin / SAMPLES, folder / SAMPLES)
+    card = ModelCard.load(origin / CARD)
+    if license:
+        card.data.license = license
+        card.text = card.text.replace(LICENCE.format(NO_LICENCE), LICENCE.format(license))
+    card.save(folder / CARD)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a saved model to the hub; makes the repository if it is not there. Returns the commit's address."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    message = commit_message or "Upload DiPPipeline"
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, create_pr=create_pr))
 
 
 def _facts(run: Path) -> dict[str, Any]:
