@@ -14,6 +14,7 @@ from .errors import UserError
 from .model import DiP, check_size
 from .model.heads.pixels import POSITION_FEATURES
 from .pipeline import DiPPipeline
+from .terminal import some
 
 # release name -> our name; \1 is the number of a block, {stage} that of a head stage, counted from 0, {beyond} how
 # many blocks after the backbone's: PixNerd counts its head's blocks on
@@ -81,8 +82,8 @@ def load_release(path: str | Path, weights: str = "ema") -> DiP:
     if missing or surplus:
         raise UserError(
             f"{path}: not a DiP or PixNerd checkpoint as far as we can read it."
-            + (f" Missing (our names): {_some(missing)}." if missing else "")
-            + (f" Unknown: {_some(surplus)}." if surplus else "")
+            + (f" Missing (our names): {some(missing)}." if missing else "")
+            + (f" Unknown: {some(surplus)}." if surplus else "")
         )
     for name, (theirs, tensor) in renamed.items():
         if tuple(tensor.shape) != expected[name]:
@@ -130,7 +131,7 @@ def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") ->
     except KeyError as missing:
         raise UserError(
             f"{path}: tensor {missing} is missing, so this is neither a DiP nor a PixNerd network; "
-            f"it holds {len(tensors)} tensors: {_some(sorted(tensors))}"
+            f"it holds {len(tensors)} tensors: {some(sorted(tensors))}"
         ) from None
     mlp_ratio = 1.5 * inner / hidden_size
     if int(2 * (4 * hidden_size) / 3) == inner:
@@ -151,10 +152,6 @@ def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") ->
 
 def _count(tensors: dict[str, Tensor], pattern: str) -> int:
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _network_tensors(path: Path, weights: str) -> dict[str, Tensor]:

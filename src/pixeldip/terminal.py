@@ -1,7 +1,7 @@
 """What commands show: warnings, and of long work progress, rate and time left."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -75,3 +75,8 @@ def _lines(console: Console, title: str, total: int) -> Advance:
             console.print(line, highlight=False, soft_wrap=True)
 
     return advance
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

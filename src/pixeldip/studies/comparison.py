@@ -17,7 +17,7 @@ from ..processes import Processes, choose_precision, start_processes, stop_proce
 from ..provenance import environment
 from ..recipe import Recipe, load_recipe, recipe_values
 from ..sampling import SampledImages, load_pipeline
-from ..terminal import clock
+from ..terminal import clock, some
 from ..training import train
 from .folder import claim, read_json, write_json
 from .measures import measure_costs, measure_quality, training_rate
@@ -150,16 +150,10 @@ def open_held_out(recipe: Recipe, options: ComparisonOptions) -> Source:
     training = open_source(recipe.data)
     if held_out.class_names != training.class_names:
         raise UserError(
-            f"held-out images: their classes are {_some(held_out.class_names)}, the training images' are "
-            f"{_some(training.class_names)}; they must be the same"
+            f"held-out images: their classes are {some(held_out.class_names, 5) or 'none'}, the training images' are "
+            f"{some(training.class_names, 5) or 'none'}; they must be the same"
         )
     return held_out
-
-
-def _some(names: tuple[str, ...], most: int = 5) -> str:
-    return (
-        ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") if names else "none"
-    )
 
 
 def _measure(

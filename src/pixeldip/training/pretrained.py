@@ -21,6 +21,7 @@ from ..pipeline import DiPPipeline
 from ..processes import Processes
 from ..recipe import ModelSection
 from ..run_folder import START
+from ..terminal import some
 
 CLASS_TABLE = "backbone.class_embed.weight"
 # Tensors with an axis of a patch's C*P*P numbers, and whether that axis is read or written
@@ -60,10 +61,10 @@ class Start:
         if self.resampled:
             lines.append(f"resampled to another patch size: {', '.join(self.resampled)}")
         if self.new:
-            lines.append(f"started anew: {_some(self.new)}")
+            lines.append(f"started anew: {some(self.new)}")
         if self.classes_new:
-            kept = f"{_some(self.classes_kept)} kept" if self.classes_kept else "none kept"
-            lines.append(f"classes: {kept}; new, from the null class: {_some(self.classes_new)}")
+            kept = f"{some(self.classes_kept)} kept" if self.classes_kept else "none kept"
+            lines.append(f"classes: {kept}; new, from the null class: {some(self.classes_new)}")
         return lines
 
 
@@ -191,7 +192,3 @@ def add_adapters(model: DiP, section: ModelSection, train_classes: bool) -> None
     model.add_adapter(LoraConfig(r=section.lora_rank, lora_alpha=alpha, target_modules=ADAPTED_LAYERS))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or (train_classes and name == CLASS_TABLE))
-
-
-def _some(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
