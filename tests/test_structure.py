@@ -28,6 +28,7 @@ ORDER = [
     "report",
     "studies",
     "demo",
+    "app",
     "cli",
 ]
 

@@ -266,6 +266,40 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
+@dataclass
+class AppArguments:
+    """A page on 127.0.0.1 to play with models, see what they do, and follow training. Ctrl-C ends it."""
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders, saved models or hub ids to offer, beside those found in --folders."""
+    folders: tuple[Path, ...] = (Path("runs"), Path("models"))
+    """Places whose sub-folders are runs or saved models."""
+    gallery: Path = Path("runs/gallery")
+    """Folder for the pictures the page makes."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 7860
+    open: bool = False
+    """Open the page in the browser."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    max_images: Positive = 16
+    """The most images of one request."""
+    max_steps: Positive = 250
+    max_side: Positive = 1024
+    """The largest height or width in pixels."""
+    max_queue: Positive = 16
+    """Requests that may wait; those beyond are turned away."""
+
+
+def app(arguments: list[str]) -> int:
+    """Open a page to play with models and to follow training."""
+    parsed = tyro.cli(AppArguments, prog="pixeldip app", args=arguments)
+    check_flags(parsed)
+    from .app import app_command
+
+    app_command(parsed)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "train": train,
@@ -274,6 +308,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "study": study,
     "convert": convert,
     "export": export,
+    "app": app,
 }
 
 if __name__ == "__main__":

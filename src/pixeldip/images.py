@@ -1,11 +1,19 @@
-"""Between tensors in [-1, 1] and pictures: uint8 conversion, grids, files."""
+"""Between tensors in [-1, 1] and pictures: uint8 conversion, grids, files that say how they were made."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from .errors import UserError
+
+NOTE = "pixeldip"  # the key of the PNG text chunk that says how a picture was made
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -39,3 +47,35 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale: int =
 def display_scale(width: int, target: int = 96) -> int:
     """How many times to enlarge pictures of this width so that a person can judge them."""
     return max(1, round(target / width))
+
+
+def save_png(picture: Image.Image, path: Path, made_with: dict[str, Any]) -> None:
+    """Writes a picture that says how it was made.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    note = PngInfo()
+    note.add_text(NOTE, json.dumps(made_with))
+    try:
+        picture.save(path, pnginfo=note)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """How a picture that `save_png` wrote was made. Anyone can have written the file: check what comes back.
+
+    Raises:
+        UserError: if it is no such picture.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            note = json.loads(picture.info[NOTE])
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path.name}: not a PNG file that can be read ({error})") from None
+    except KeyError:
+        raise UserError(f"{path.name}: does not say how it was made; pixeldip's own PNG files do") from None
+    if not isinstance(note, dict):
+        raise UserError(f"{path.name}: its note on how it was made is not one of pixeldip's")
+    return note

@@ -6,6 +6,7 @@ The defaults of all but the model are those of `recipes/my-images.yaml`. This mo
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -297,11 +298,22 @@ def check_flags(arguments: Any) -> None:
     Raises:
         UserError: naming the flags.
     """
+    check_values(arguments, lambda name: f"--{name.replace('_', '-')}")
+
+
+def check_values(settings: Any, spelling: Callable[[str], str]) -> None:
+    """Checks a dataclass against the ranges of its types.
+
+    Args:
+        spelling: a field's name as the user knows it.
+
+    Raises:
+        UserError: naming the values that are out of range.
+    """
     try:
-        TypeAdapter(type(arguments)).validate_python(vars(arguments))
+        TypeAdapter(type(settings)).validate_python(vars(settings))
     except ValidationError as error:
-        flags = [(f"--{str(e['loc'][0]).replace('_', '-')}", e) for e in error.errors()]
-        raise UserError("; ".join(f"{flag}: {_found(e)}" for flag, e in flags)) from None
+        raise UserError("; ".join(f"{spelling(str(e['loc'][0]))}: {_found(e)}" for e in error.errors())) from None
 
 
 def _explain(error: Any) -> str:

@@ -11,39 +11,46 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
+from torch import Tensor
 
 from .data import NpzWriter
 from .errors import UserError
 from .flow import Stream
-from .images import display_scale, grid, to_uint8
-from .pipeline import DiPPipeline
+from .images import display_scale, grid, save_png, to_uint8
+from .pipeline import STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, start_processes, stop_processes
 from .provenance import made_by
 from .recipe import SamplingSettings
 from .terminal import image_progress
 
 GRID_LIMIT = 256
+MOST_SEEDS = 10_000_000
+LARGEST_SEED = 2**63 - 1
 SETTINGS = "settings.json"
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str, most: int = MOST_SEEDS) -> list[int]:
     """ "7", "0-15" or "0-7,20" -> a list of seeds.
 
     Raises:
-        UserError: if it is anything else.
+        UserError: if it is anything else, or they are more than `most`.
     """
-    seeds: list[int] = []
+    runs = []
     try:
         for part in text.split(","):
             first, _, last = part.strip().partition("-")
-            seeds += range(int(first), int(last or first) + 1)
+            runs.append((int(first), int(last or first)))
     except ValueError:
         raise UserError(f"seeds {text!r}: expected numbers and ranges, for instance 0-15 or 3,7,20-29") from None
-    if not seeds:
+    if any(last > LARGEST_SEED for _, last in runs):
+        raise UserError(f"seeds {text!r}: a seed is at most {LARGEST_SEED}")
+    count = sum(max(last - first + 1, 0) for first, last in runs)
+    if not count:
         raise UserError(f"seeds {text!r}: the range is empty; write the smaller number first")
-    return seeds
+    if count > most:
+        raise UserError(f"seeds {text!r}: {count:,} images, and {most:,} are the most here")
+    return [seed for first, last in runs for seed in range(first, last + 1)]
 
 
 def load_pipeline(model: str, device: torch.device) -> DiPPipeline:
@@ -116,8 +123,11 @@ class SampledImages:
         names, label = self.pipeline.config.class_names, int(self.labels[index])
         return names[label] if names else label
 
-    def read(self, start: int, stop: int, on_step: Callable[[int], None] | None = None) -> np.ndarray:
+    def read(self, start: int, stop: int, on_step: Callable[[int, float, Tensor], None] | None = None) -> np.ndarray:
         """Samples images start ... stop - 1: uint8 (n, H, W, 3).
+
+        Args:
+            on_step: called after each step, from 0, with the time and the state (n, C, H, W) it reached.
 
         Raises:
             UserError: if the model puts out anything that is not a number.
@@ -130,8 +140,7 @@ class SampledImages:
                 height=self.height,
                 width=self.width,
                 output_type="latent",
-                callback_on_step_end=on_step and (lambda _, step, *__: on_step(step)),
-                callback_on_step_end_tensor_inputs=(),
+                callback_on_step_end=on_step and (lambda _, step, t, tensors: on_step(step, t, tensors[STATE])),
                 **self.settings.pipeline_arguments(),
             ).images
         broken = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
@@ -147,13 +156,19 @@ class SampledImages:
 
     def made_with(self) -> dict[str, Any]:
         """What one needs to know to sample the same images again."""
+        which = {"seeds": _ranges(self.seeds), "classes": self.chosen, "class_order_seed": self.order_seed}
+        return {**self._how(), **which}
+
+    def one_made_with(self, index: int) -> dict[str, Any]:
+        """What one needs to know to sample one of the images again."""
+        label = self.class_of(index)
+        return {**self._how(), "seed": int(self.seeds[index])} | ({} if label is None else {"class": label})
+
+    def _how(self) -> dict[str, Any]:
         return {
             **made_by(),
             "model": self.name,
             "patch_size": self.pipeline.model.config.patch_size,
-            "seeds": _ranges(self.seeds),
-            "classes": self.chosen,
-            "class_order_seed": self.order_seed,
             **self.settings.pipeline_arguments(),
             "height": self.height,
             "width": self.width,
@@ -203,7 +218,7 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
             share = (until - starts[first]) / images.settings.steps
 
             def read(own: range = own, share: float = share) -> np.ndarray | None:
-                return images.read(own[0], own[0] + batch_size, lambda _: advance(share)) if own else None
+                return images.read(own[0], own[0] + batch_size, lambda *_: advance(share)) if own else None
 
             def write(batches: list[np.ndarray | None]) -> None:
                 for pixels in batches:
@@ -256,20 +271,14 @@ class ImageFolderWriter:
 
     def add(self, images: np.ndarray) -> None:
         """The next images, uint8 (n, H, W, 3)."""
-        common = {key: value for key, value in self._made_with.items() if key not in ("seeds", "classes")}
         for pixels in images:
             i = self._count
-            seed, label = int(self.images.seeds[i]), self.images.class_of(i)
-            own = {"seed": seed} if label is None else {"seed": seed, "class": label}
-            note = PngInfo()
-            note.add_text("pixeldip", json.dumps({**common, **own}))
             picture = Image.fromarray(pixels)
             name = f"{i:06d}.png"
-            try:
-                picture.save(self.out / name, pnginfo=note)
-            except OSError as error:
-                raise UserError(f"{self.out / name}: cannot be written ({error.strerror or error})") from error
-            row = {"file_name": name, "seed": seed} | ({} if label is None else {"label": str(label)})
+            save_png(picture, self.out / name, self.images.one_made_with(i))
+            label = self.images.class_of(i)
+            row = {"file_name": name, "seed": int(self.images.seeds[i])}
+            row |= {} if label is None else {"label": str(label)}
             self._metadata.write(json.dumps(row) + "\n")
             if i < GRID_LIMIT:
                 self._first.append(picture)

@@ -23,4 +23,7 @@ def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], pre
     images = sampler(labels, seeds=range(preview.images), **preview.pipeline_arguments()).images
     folder = run / PREVIEWS
     folder.mkdir(exist_ok=True)
-    grid(images, columns, scale=display_scale(images[0].width, 64)).save(folder / f"{step_name(step)}.png")
+    file = folder / f"{step_name(step)}.png"
+    written = file.with_name(f".{file.name}")  # the app may be looking into the folder
+    grid(images, columns, scale=display_scale(images[0].width, 64)).save(written)
+    written.replace(file)

@@ -1,0 +1,110 @@
+"""The tab that samples two settings with the same seeds, side by side."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from .engine import watch
+from .gallery import Gallery
+from .generate import SAMPLING, requested
+from .messages import told_in_page
+from .models import Models
+from .settings import ImageSettings, Limits, SolutionControls, SubjectControls, solution_controls, subject_controls
+
+
+@dataclass
+class _Side:
+    model: gr.Dropdown
+    solution: SolutionControls
+
+    @property
+    def inputs(self) -> list[gr.components.Component]:
+        return [self.model, *self.solution.inputs]
+
+
+def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limits) -> None:
+    """Adds the tab's contents to the page."""
+    subject = subject_controls(limits)
+    sides, pictures = [], []
+    with gr.Row():
+        for name in "AB":
+            with gr.Column(min_width=300):
+                gr.Markdown(f"### {name}")
+                model = gr.Dropdown([], label=f"Model of {name}")
+                sides.append(_Side(model, solution_controls(limits)))
+    with gr.Row():
+        start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
+        stop = gr.Button("Stop", min_width=80)
+    line = gr.Markdown("", elem_id="comparison")
+    with gr.Row():
+        for name in "AB":
+            pictures.append(
+                gr.Image(
+                    label=name,
+                    interactive=False,
+                    format="png",
+                    buttons=["fullscreen"],
+                    elem_classes="pixels",
+                    alt_text=f"The images of setting {name}",
+                    elem_id=f"compared-{name}",
+                    min_width=280,
+                )
+            )
+    a, b = sides
+
+    def open_page() -> list[Any]:
+        names = models.names()
+        if not names:
+            return [gr.skip()] * (len(subject.inputs) + len(a.inputs) + len(b.inputs))
+        one, other = (gr.update(choices=names, value=names[0]) for _ in sides)
+        guided = SolutionControls.values(models.defaults(names[0]))
+        unguided = [1.0, *guided[1:]]
+        return [*SubjectControls.updates(models.load(names[0])), one, *guided, other, *unguided]
+
+    def subject_of(name: str) -> list[Any]:
+        return SubjectControls.updates(models.load(name))
+
+    def compare(*values: Any) -> Iterator[tuple]:
+        count, each = len(subject.inputs), len(a.inputs)
+        what = SubjectControls.settings(*values[:count])
+        requests = []
+        for first in (count, count + each):
+            name, *solution = values[first : first + each]
+            settings = ImageSettings(model=name or "", **what, **SolutionControls.settings(*solution))
+            requests.append(requested(models, limits, settings))
+        results = []
+        for side, images in enumerate(requests):
+            with contextlib.closing(watch(images)) as views:
+                for view in views:
+                    both = [gr.skip(), gr.skip()]
+                    both[side] = view.now.heading
+                    yield (*both, f"{'AB'[side]}: {view.line}")
+            gallery.add(images, view.pixels)
+            results.append((view.pixels, view.line))
+        (one, said_a), (other, said_b) = results
+        yield gr.skip(), gr.skip(), f"A: {said_a}  \nB: {said_b}  \n{difference(one, other)}"
+
+    page.load(told_in_page(open_page), None, [*subject.inputs, *a.inputs, *b.inputs], api_visibility="private")
+    a.model.input(told_in_page(subject_of), a.model, subject.inputs, api_visibility="private")
+    running = start.click(
+        told_in_page(compare),
+        [*subject.inputs, *a.inputs, *b.inputs],
+        [*pictures, line],
+        show_progress="minimal",
+        show_progress_on=line,
+        **SAMPLING,
+    )
+    stop.click(lambda: "stopped", None, line, cancels=running, queue=False, api_visibility="private")
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> str:
+    """How far two batches of images, uint8, are apart."""
+    if one.shape != other.shape:
+        return "The images differ in size."
+    error = np.square(one.astype(float) - other).mean()
+    return "The images are equal." if error == 0 else f"PSNR between them: {10 * math.log10(255**2 / error):.1f} dB"

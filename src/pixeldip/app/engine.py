@@ -1,0 +1,168 @@
+"""Sampling that a page can watch, and stop."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..flow import is_stochastic, seeded_normal, start_state, time_grid
+from ..images import display_scale, grid, to_pil
+from ..sampling import SampledImages
+from ..terminal import clock
+
+Told = TypeVar("Told")
+_END = object()
+
+SECONDS_BETWEEN_VIEWS = 0.2
+PATH_MOMENTS = 25  # states of a path that are kept for the slider
+SHOWN_PIXELS = 192  # a picture's width on the page, about
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A batch on its way: the time, the noisy images x_t, and the images they are heading for, as grids."""
+
+    t: float
+    noisy: Image.Image
+    heading: Image.Image
+
+
+@dataclass(frozen=True)
+class View:
+    """What there is to see of a batch that is being sampled.
+
+    Attributes:
+        line: progress, rate and time left.
+        path: the moments kept so far; at the end the last of them is the result.
+        pixels: the result, uint8 (n, H, W, 3), once it is there.
+    """
+
+    line: str
+    now: Moment
+    path: tuple[Moment, ...]
+    pixels: np.ndarray | None = None
+
+
+def watch(images: SampledImages) -> Iterator[View]:
+    """Samples all the images in one batch; yields views while it goes on, and the finished one.
+
+    Closing the iterator stops the sampling after its step.
+
+    Raises:
+        UserError: as `SampledImages.read` does.
+    """
+    steps = images.settings.steps
+    every = max(1, -(-steps // (PATH_MOMENTS - 1)))
+    state, pace = _State(images), Pace(steps)
+    path = [state.moment()]
+    yield View("starting", path[0], tuple(path))
+    results = []
+    work = watched(lambda tell: results.append(images.read(0, len(images), lambda *step: tell(step))))
+    with contextlib.closing(work) as stepping:
+        for step, t, x in stepping:
+            state.reached(t, x)
+            done = step + 1
+            keep = done % every == 0 or done == steps
+            if keep:
+                path.append(state.moment())
+            if pace.due():
+                yield View(pace.line(done), path[-1] if keep else state.moment(), tuple(path))
+    seconds = pace.seconds()
+    line = f"{len(images)} images in {seconds:.1f} s, {steps / seconds:.1f} steps/s"
+    yield View(line, path[-1], tuple(path), results[0])
+
+
+def sheet(x: Tensor, columns: int = 4) -> Image.Image:
+    """Images (n, C, H, W) in [-1, 1] as one picture, each enlarged to a size that can be judged."""
+    pictures = to_pil(x)
+    return grid(pictures, min(columns, len(pictures)), scale=display_scale(pictures[0].width, SHOWN_PIXELS))
+
+
+class Pace:
+    """Progress, rate and time left of so many steps, and when it is time to show something again."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.began = self.shown = time.perf_counter()
+
+    def due(self) -> bool:
+        """Whether something was last shown long enough ago; if so, it counts as shown now."""
+        now = time.perf_counter()
+        due = now - self.shown > SECONDS_BETWEEN_VIEWS
+        self.shown = now if due else self.shown
+        return due
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def line(self, done: int) -> str:
+        rate = done / self.seconds()
+        return f"step {done}/{self.steps} · {rate:.1f} steps/s · {clock((self.steps - done) / rate)} left"
+
+
+class _State:
+    """The state of a batch, and where it is heading: x_t + (1 - t) v, with v the mean velocity of the last step."""
+
+    def __init__(self, images: SampledImages):
+        settings, config = images.settings, images.pipeline.model.config
+        times = time_grid(settings.steps, settings.time_shift, images.pipeline.model.objective)
+        self.t = times[0]
+        self.x = start_state(seeded_normal(images.seeds, (config.in_channels, images.height, images.width)), times)
+        self.heading = self.x
+        self.straight = not is_stochastic(settings.solver)  # fresh noise heads nowhere
+
+    def reached(self, t: float, x: Tensor) -> None:
+        x = x.float().cpu()
+        self.heading = x + (1 - t) * (x - self.x) / (t - self.t) if self.straight else x
+        self.t, self.x = t, x
+
+    def moment(self) -> Moment:
+        return Moment(self.t, sheet(self.x), sheet(self.heading))
+
+
+_closing = threading.Event()
+
+
+def stop_all() -> None:
+    """Ends all watched work the next time it tells something, for good: the program is closing."""
+    _closing.set()
+
+
+class _Stopped(Exception):
+    """Ends work that nobody waits for any more."""
+
+
+def watched(work: Callable[[Callable[[Told], None]], object]) -> Iterator[Told]:
+    """Runs `work(tell)` in a thread of its own and yields what it tells.
+
+    Closing the iterator stops the work the next time it tells something. What the work raises is raised here.
+    """
+    told: queue.SimpleQueue = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def tell(news: Told) -> None:
+        if stop.is_set() or _closing.is_set():
+            raise _Stopped
+        told.put(news)
+
+    def run() -> None:
+        try:
+            work(tell)
+        finally:
+            told.put(_END)
+
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(run)
+        try:
+            yield from iter(told.get, _END)
+        finally:
+            stop.set()
+    future.result()

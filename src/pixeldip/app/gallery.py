@@ -1,0 +1,39 @@
+"""The pictures a page has made: PNG files in one folder, each of which says how it was made."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..images import save_png
+from ..run_folder import check_writable
+from ..sampling import SampledImages
+
+SHOWN = 60
+
+
+class Gallery:
+    """A folder of pictures.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        check_writable(self.folder / "picture.png")
+
+    def add(self, images: SampledImages, pixels: np.ndarray) -> None:
+        """Keeps sampled images, uint8 (n, H, W, 3)."""
+        now = time.time_ns() // 1_000_000
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now // 1000))}-{now % 1000:03d}"
+        for i in reversed(range(len(images))):  # the first image becomes the newest file, and the first one shown
+            name = f"{stamp}-{len(images) - 1 - i:03d}.png"
+            written = self.folder / f".{name}"
+            save_png(Image.fromarray(pixels[i]), written, images.one_made_with(i))
+            written.rename(self.folder / name)
+
+    def newest(self) -> list[Path]:
+        """The pictures to show, the newest first."""
+        return sorted(self.folder.glob("[!.]*.png"), reverse=True)[:SHOWN]

@@ -1,0 +1,176 @@
+"""The tab that samples images, shows their way from noise, keeps them, and restores how they were made."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..images import read_note
+from ..sampling import SampledImages
+from .engine import Moment, watch
+from .gallery import Gallery
+from .messages import told_in_page, warn_in_page
+from .models import Models
+from .settings import (
+    ImageSettings,
+    Limits,
+    SolutionControls,
+    SubjectControls,
+    class_names,
+    settings_from_note,
+    solution_controls,
+    subject_controls,
+)
+
+NOISY, HEADING = "the noisy image x_t", "the image it is heading for"
+SAMPLING = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+PLAIN = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+
+
+def requested(models: Models, limits: Limits, settings: ImageSettings) -> SampledImages:
+    """The images a request asks for, not sampled yet.
+
+    Raises:
+        UserError: if it cannot be met.
+    """
+    seeds = settings.check(limits)
+    return SampledImages(
+        models.load(settings.model),
+        settings,
+        seeds,
+        settings.classes,
+        precision=models.precision,
+        height=settings.height,
+        width=settings.width,
+        name=settings.model,
+    )
+
+
+def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limits) -> None:
+    """Adds the tab's contents to the page."""
+    path = gr.State((), time_to_live=3600)
+    shown = gr.State([])
+    chosen = gr.State(None)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            model = gr.Dropdown([], label="Model", info="runs and saved models found here")
+            subject = subject_controls(limits)
+            solution = solution_controls(limits)
+            with gr.Row():
+                start = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+                stop = gr.Button("Stop", min_width=80)
+        with gr.Column(scale=3, min_width=300):
+            picture = gr.Image(
+                show_label=False,
+                interactive=False,
+                format="png",
+                buttons=["fullscreen"],
+                elem_id="picture",
+                elem_classes="pixels",
+                alt_text="The images of this request",
+            )
+            line = gr.Markdown("", elem_id="progress")
+            with gr.Row():
+                moment = gr.Slider(0, 1, 1, step=1, label="Along the path, from noise to image", interactive=False)
+                what = gr.Radio([HEADING, NOISY], value=HEADING, label="Show")
+            gr.Markdown("### Gallery\nNewest first. Every PNG file says how it was made: choose one to read it.")
+            pictures = gr.Gallery(
+                show_label=False,
+                columns=8,
+                height=300,
+                object_fit="contain",
+                allow_preview=False,
+                buttons=[],
+                interactive=False,
+                elem_id="gallery",
+                elem_classes="pixels",
+            )
+            made_with = gr.Markdown("", elem_id="made-with")
+            with gr.Row():
+                restore = gr.Button("Restore settings", interactive=False, min_width=130, elem_id="restore")
+                download = gr.DownloadButton("Download PNG", interactive=False, min_width=130)
+                upload = gr.UploadButton("Restore from PNG …", file_types=[".png"], min_width=130)
+    controls = [*subject.inputs, *solution.inputs]
+
+    def defaults(name: str | None) -> list[Any]:
+        if not name:
+            return [gr.skip()] * len(controls)
+        return [*SubjectControls.updates(models.load(name)), *SolutionControls.values(models.defaults(name))]
+
+    def open_page() -> list[Any]:
+        names = models.names()
+        first = names[0] if names else None
+        return [gr.update(choices=names, value=first), *defaults(first), *show_gallery()]
+
+    def show_gallery() -> tuple[list[str], list[str]]:
+        files = [str(file) for file in gallery.newest()]
+        return files, files
+
+    def generate(view: str, name: str, *values: Any) -> Iterator[tuple]:
+        count = len(subject.inputs)
+        settings = ImageSettings(
+            model=name or "",
+            **SubjectControls.settings(*values[:count]),
+            **SolutionControls.settings(*values[count:]),
+        )
+        images = requested(models, limits, settings)
+        for now in watch(images):
+            if now.pixels is None:
+                yield look(now.now, view), now.line, gr.skip(), gr.skip()
+            else:
+                gallery.add(images, now.pixels)
+                last = len(now.path) - 1
+                slider = gr.update(maximum=last, value=last, interactive=True)
+                yield look(now.now, view), f"{now.line} · t = 1", now.path, slider
+
+    def look(at: Moment, view: str) -> Any:
+        return at.noisy if view == NOISY else at.heading
+
+    def look_along(path: tuple[Moment, ...], index: float, view: str) -> tuple:
+        if not path:
+            return gr.skip(), gr.skip()
+        at = path[min(int(index), len(path) - 1)]
+        return look(at, view), f"t = {at.t:.3f}"
+
+    def choose(files: list[str], event: gr.SelectData) -> tuple:
+        file = files[event.index]
+        note = settings_from_note(read_note(Path(file)))
+        return file, note.describe(), gr.update(interactive=True), gr.update(value=file, interactive=True)
+
+    def restored(file: str) -> list[Any]:
+        settings = settings_from_note(read_note(Path(file)))
+        name = settings.model
+        values = [*SubjectControls.values(settings), *SolutionControls.values(settings)]
+        if name not in models.names():
+            warn_in_page(f"The picture was made by a model that is not offered here ({name}); the rest is restored.")
+            return [gr.skip(), *values]
+        names = class_names(models.load(name))
+        values[0] = gr.update(choices=names, value=list(settings.classes), visible=bool(names))
+        return [gr.update(choices=models.names(), value=name), *values]
+
+    page.load(told_in_page(open_page), None, [model, *controls, pictures, shown], api_visibility="private")
+    model.input(told_in_page(defaults), model, controls, api_visibility="private")
+    running = gr.on(
+        [start.click, subject.seeds.submit],
+        told_in_page(generate),
+        [what, model, *controls],
+        [picture, line, path, moment],
+        show_progress="minimal",
+        show_progress_on=line,
+        scroll_to_output=True,
+        **SAMPLING,
+    )
+    running.success(show_gallery, None, [pictures, shown], **PLAIN)
+    stop.click(lambda: "stopped", None, line, cancels=running, **PLAIN)
+    gr.on(
+        [moment.input, what.input],
+        look_along,
+        [path, moment, what],
+        [picture, line],
+        trigger_mode="always_last",
+        **PLAIN,
+    )
+    pictures.select(told_in_page(choose), shown, [chosen, made_with, restore, download], **PLAIN)
+    restore.click(told_in_page(restored), chosen, [model, *controls], api_visibility="private")
+    upload.upload(told_in_page(restored), upload, [model, *controls], api_visibility="private")

@@ -1,0 +1,46 @@
+"""A user's mistake as a message in the page."""
+
+import functools
+import html
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gradio as gr
+
+from ..errors import UserError
+
+
+def told_in_page(handler: Callable) -> Callable:
+    """The handler, or generator, of an event; a UserError it raises becomes a message that stays until it is closed."""
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def generator(*arguments: Any) -> Iterator[Any]:
+            with _told():
+                yield from handler(*arguments)
+
+        return generator
+
+    @functools.wraps(handler)
+    def function(*arguments: Any) -> Any:
+        with _told():
+            return handler(*arguments)
+
+    return function
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(
+            html.escape(str(error)), duration=None, title="That did not work", print_exception=False
+        ) from None
+
+
+def warn_in_page(text: str) -> None:
+    """A message in the page that limits what was done."""
+    gr.Warning(html.escape(text), title="Note")

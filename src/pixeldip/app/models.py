@@ -1,0 +1,75 @@
+"""The models a page offers, and those that are in memory."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import UserError
+from ..pipeline import DiPPipeline
+from ..recipe import SamplingSettings, load_recipe
+from ..run_folder import METRICS, RECIPE, names_a_model, resolve_model
+from ..sampling import load_pipeline
+
+KEPT = 2  # models in memory at once: what a comparison needs
+
+
+class Models:
+    """Models by name: those named at the start, then those found in the folders.
+
+    Nothing else can be loaded from the page, whatever a request says.
+
+    Args:
+        named: run folders, saved models or hub ids.
+        folders: places whose sub-folders are looked through for runs and saved models.
+    """
+
+    def __init__(self, named: Sequence[str], folders: Sequence[Path], device: torch.device, precision: torch.dtype):
+        self.named, self.folders, self.device, self.precision = tuple(named), tuple(folders), device, precision
+        self._loaded: dict[str, DiPPipeline] = {}
+        self._lock = threading.Lock()
+        for name in self.named:
+            resolve_model(name)
+
+    def names(self) -> list[str]:
+        """As of now: a run appears with its first checkpoint."""
+        found = [str(folder) for folder in self._sub_folders() if names_a_model(str(folder))]
+        return list(dict.fromkeys([*self.named, *found]))
+
+    def runs(self) -> list[str]:
+        """Run folders that have begun to train, the one written last first."""
+        named = [Path(name) for name in self.named if Path(name).is_dir()]
+        runs = {folder: (folder / METRICS) for folder in [*named, *self._sub_folders()]}
+        begun = {folder: metrics.stat().st_mtime for folder, metrics in runs.items() if metrics.is_file()}
+        return [str(folder) for folder in sorted(begun, key=begun.__getitem__, reverse=True)]
+
+    def load(self, name: str) -> DiPPipeline:
+        """The model; of a run, its newest checkpoint.
+
+        Raises:
+            UserError: if the page does not offer it.
+        """
+        if name not in self.names():
+            raise UserError(f"model {name!r}: not one of those offered here" if name else "choose a model first")
+        where = resolve_model(name)
+        with self._lock:
+            pipeline = self._loaded.pop(where, None) or load_pipeline(name, self.device)
+            self._loaded[where] = pipeline  # last: the one used most recently
+            while len(self._loaded) > KEPT:
+                del self._loaded[next(iter(self._loaded))]
+        return pipeline
+
+    def defaults(self, name: str) -> SamplingSettings:
+        """What its run's previews are sampled with, or else the settings of `pixeldip sample`."""
+        recipe = Path(name) / RECIPE
+        return load_recipe(str(recipe)).preview if recipe.is_file() else SamplingSettings()
+
+    def _sub_folders(self) -> list[Path]:
+        return [
+            path
+            for folder in self.folders
+            if folder.is_dir()
+            for path in sorted(folder.iterdir())
+            if path.is_dir() and not path.name.startswith(".")
+        ]

@@ -1,0 +1,171 @@
+"""The tab that follows a training run: what its folder says, read again every few seconds."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+from PIL import Image
+
+from ..recipe import Recipe, load_recipe
+from ..run_folder import METRICS, PREVIEWS, RECIPE, checkpoints, read_evaluations, read_metrics
+from ..terminal import clock
+from .generate import PLAIN
+from .messages import told_in_page
+from .models import Models
+
+SECONDS_BETWEEN_LOOKS = 3
+QUIET_SECONDS = 60  # after which a run that has not ended counts as standing still
+POINTS = 400
+
+
+@dataclass(frozen=True)
+class RunNow:
+    """A run as its folder shows it."""
+
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    previews: list[Path]
+    checkpoints: list[Path]
+    seconds_ago: float
+
+    @classmethod
+    def read(cls, run: Path) -> "RunNow":
+        """Raises UserError if its recipe cannot be read."""
+        return cls(
+            load_recipe(str(run / RECIPE)),
+            read_metrics(run),
+            read_evaluations(run),
+            sorted((run / PREVIEWS).glob("step-*.png")),
+            checkpoints(run),
+            time.time() - (run / METRICS).stat().st_mtime,
+        )
+
+    def line(self) -> str:
+        """Where it stands."""
+        if not self.metrics:
+            return "Begun; no step is logged yet."
+        last, steps = self.metrics[-1], self.recipe.training.steps
+        text = f"**step {last['step']:,} of {steps:,}** · loss {last['loss']:.4f}"
+        text += f" · {last['images_per_second']:.0f} images/s"
+        if "mfu" in last:
+            text += f" · MFU {last['mfu']:.0%} · {last['memory_gib']:.1f} GiB"
+        if last["step"] >= steps:
+            return f"{text} · done"
+        left = (steps - last["step"]) * self.recipe.training.batch_size / max(last["images_per_second"], 1e-9)
+        if self.seconds_ago > QUIET_SECONDS:
+            return f"{text} · nothing new for {clock(self.seconds_ago)}; the same command resumes it if it has stopped"
+        return f"{text} · {clock(left)} left"
+
+    def curve(self, key: str) -> pd.DataFrame:
+        """A logged value over the steps, in at most `POINTS` means of neighbours."""
+        frame = pd.DataFrame(self.metrics, columns=["step", key])
+        group = frame.index // -(-len(frame) // POINTS) if len(frame) else frame.index
+        return frame.groupby(group).mean()
+
+    def table(self) -> list[list[str]]:
+        """The checkpoints, newest first: step, when, size."""
+        rows = []
+        for path in reversed(self.checkpoints):
+            files = [file.stat() for file in path.rglob("*") if file.is_file()]
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+            rows.append(
+                [f"{int(path.name.removeprefix('step-')):,}", when, f"{sum(f.st_size for f in files) / 2**20:.1f}"]
+            )
+        return rows
+
+    def measured(self) -> pd.DataFrame:
+        """The evaluations: a row each."""
+        return pd.DataFrame(
+            [{"step": e["step"], **{k: f"{v:.4g}" for k, v in e["metrics"].items()}} for e in self.evaluations]
+        )
+
+
+def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
+    """Adds the tab's contents to the page."""
+    seen = gr.State(None)
+    with gr.Row():
+        run = gr.Dropdown([], label="Run", info="the one written last comes first", min_width=200, scale=4)
+        again = gr.Button("Look for runs", min_width=120)
+    line = gr.Markdown("", elem_id="run-line")
+    with gr.Row():
+        loss = gr.LinePlot(x="step", y="loss", height=240, min_width=280, buttons=["fullscreen"], label="Loss")
+        rate = gr.LinePlot(
+            x="step",
+            y="images_per_second",
+            y_title="images/s",
+            height=240,
+            min_width=280,
+            buttons=["fullscreen"],
+            label="Images per second",
+        )
+    with gr.Row():
+        with gr.Column(scale=3, min_width=280):
+            preview = gr.Image(
+                label="Preview",
+                interactive=False,
+                format="png",
+                buttons=["fullscreen"],
+                elem_classes="pixels",
+                height=480,
+                alt_text="Samples of the averaged weights, always of the same seeds",
+            )
+            when = gr.Slider(0, 1, 0, step=1, label="Previews over time", interactive=False)
+        with gr.Column(scale=2, min_width=280):
+            table = gr.Dataframe(
+                headers=["step", "saved", "MiB"], label="Checkpoints", interactive=False, buttons=[], show_label=True
+            )
+            evaluations = gr.Dataframe(label="Evaluations", interactive=False, visible=False, buttons=[])
+    timer = gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
+    outputs = [seen, line, loss, rate, preview, when, table, evaluations]
+
+    def find() -> Any:
+        runs = models.runs()
+        return gr.update(choices=runs, value=runs[0] if runs else None)
+
+    def look(name: str | None, before: tuple | None, index: float) -> list[Any]:
+        if not name or name not in models.runs():
+            nothing = "No run has begun in the folders looked through: `pixeldip train` begins one."
+            return [None, nothing, *[gr.skip()] * (len(outputs) - 2)]
+        now = RunNow.read(Path(name))
+        signature = (
+            name,
+            len(now.metrics),
+            len(now.previews),
+            [path.name for path in now.checkpoints],
+            len(now.evaluations),
+        )
+        if signature == before:
+            return [gr.skip(), now.line(), *[gr.skip()] * (len(outputs) - 2)]
+        following = (
+            before is None or before[0] != name or int(index) >= before[2] - 1
+        )  # at the newest preview, stay there
+        newest = max(len(now.previews) - 1, 0)
+        at = newest if following else int(index)
+        measured = now.measured()
+        return [
+            signature,
+            now.line(),
+            now.curve("loss"),
+            now.curve("images_per_second"),
+            show(name, at),
+            gr.update(maximum=max(newest, 1), value=at, interactive=newest > 0),
+            now.table(),
+            gr.update(value=measured, visible=len(measured) > 0),
+        ]
+
+    def show(name: str | None, index: float) -> Any:
+        previews = RunNow.read(Path(name)).previews if name in models.runs() else []
+        if not previews:
+            return gr.update(value=None, label="Preview")
+        file = previews[min(int(index), len(previews) - 1)]
+        return gr.update(value=Image.open(file), label=f"Step {int(file.stem.removeprefix('step-')):,}")
+
+    page.load(find, None, run, api_visibility="private")
+    again.click(find, None, run, api_visibility="private")
+    gr.on([run.change, timer.tick], told_in_page(look), [run, seen, when], outputs, **PLAIN)
+    when.input(told_in_page(show), [run, when], preview, trigger_mode="always_last", **PLAIN)
+    tab.select(lambda: gr.update(active=True), None, timer, **PLAIN)

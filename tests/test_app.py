@@ -1,0 +1,250 @@
+"""The parts of the page that need no browser."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'pixeldip[app]'")
+
+from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip.app.engine import PATH_MOMENTS, watch, watched
+from pixeldip.app.gallery import Gallery
+from pixeldip.app.head import coarse_share, compare_contexts, no_context, noise_share
+from pixeldip.app.models import Models
+from pixeldip.app.settings import ImageSettings, Limits, settings_from_note
+from pixeldip.app.training import POINTS, RunNow
+from pixeldip.images import read_note, save_png
+from pixeldip.model import HEADS
+from pixeldip.recipe import SamplingSettings, save_recipe
+from pixeldip.run_folder import METRICS, RECIPE
+from pixeldip.sampling import SampledImages
+
+from .conftest import TINY_MODEL, opened_up, saved_model, tiny_recipe
+
+NOTE = {
+    "model": "m",
+    "class": "bee",
+    "seed": 3,
+    "num_inference_steps": 5,
+    "solver": "heun",
+    "guidance_scale": 2.5,
+    "guidance_interval": [0.2, 0.9],
+    "time_shift": 1.5,
+    "height": 16,
+    "width": 24,
+}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> DiPPipeline:
+    pipeline = DiPPipeline.from_pretrained(saved_model(tmp_path_factory.mktemp("model"), 16))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def images_of(pipeline: DiPPipeline, steps: int, solver: str = "euler") -> SampledImages:
+    return SampledImages(pipeline, SamplingSettings(steps=steps, solver=solver), [5, 6, 7])
+
+
+@pytest.mark.parametrize(("steps", "solver"), [(1, "euler"), (7, "heun"), (60, "ab2"), (5, "ancestral")])
+def test_watching_changes_no_image(pipeline: DiPPipeline, steps: int, solver: str) -> None:
+    images = images_of(pipeline, steps, solver)
+    *_, last = watch(images)
+    assert np.array_equal(last.pixels, images.read(0, 3))
+    assert len(last.path) <= PATH_MOMENTS + 1 and last.path[0].t == 0 and last.path[-1].t == 1
+    assert last.path[-1].heading.tobytes() == last.path[-1].noisy.tobytes()
+
+
+def test_where_the_path_is_heading(pipeline: DiPPipeline) -> None:
+    """One Euler step from noise heads for x_0 + v, which is where a single step ends."""
+    one = list(watch(images_of(pipeline, 1)))[-1].path[-1].noisy
+    path = list(watch(images_of(pipeline, 2)))[-1].path
+    guided = path[1]  # at t = 0.5, after a step that began at t = 0, where nothing is guided
+    assert guided.t == 0.5 and np.abs(np.asarray(guided.heading).astype(int) - np.asarray(one)).max() <= 1
+
+
+def test_closing_stops_the_work(pipeline: DiPPipeline) -> None:
+    evaluations = []
+    hook = pipeline.model.register_forward_hook(lambda *_: evaluations.append(1))
+    views = watch(images_of(pipeline, 2000))
+    next(views), next(views)
+    views.close()
+    hook.remove()
+    assert 0 < len(evaluations) < 1900
+    assert len(list(watch(images_of(pipeline, 2)))) >= 2  # and the model is free again
+
+
+def test_what_the_work_raises_arrives() -> None:
+    def work(tell) -> None:
+        tell(1)
+        raise UserError("no")
+
+    news = watched(work)
+    assert next(news) == 1
+    with pytest.raises(UserError, match="no"):
+        next(news)
+
+
+def test_limits() -> None:
+    limits = Limits(images=4, steps=10, side=64)
+    assert ImageSettings(seeds="0-3", steps=10, height=64).check(limits) == [0, 1, 2, 3]
+    for wrong, message in [
+        ({"seeds": "0-4"}, "5 images, and 4 are the most"),
+        ({"seeds": f"0-{10**15}"}, "are the most here"),  # answered without making the list
+        ({"seeds": str(2**63)}, "a seed is at most"),
+        ({"steps": 11}, "steps: at most 10"),
+        ({"steps": 0}, "steps: input should be greater"),
+        ({"steps": 2, "height": 65}, "height: at most 64"),
+        ({"steps": 2, "guidance_interval": (0.0, 1.5)}, "guidance_interval"),
+        ({"steps": 2, "solver": "rk4"}, "solver"),
+        ({"steps": 2, "guidance": "much"}, "guidance"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            ImageSettings(**{"seeds": "0", "steps": 2, **wrong}).check(limits)
+
+
+def test_a_picture_gives_back_its_settings(pipeline: DiPPipeline, tmp_path: Path) -> None:
+    asked = ImageSettings(steps=3, solver="heun", guidance=1.5, guidance_interval=(0.0, 0.7), time_shift=2.0)
+    images = SampledImages(pipeline, asked, [4, 9], ["cow", "ant"], height=24, width=16, name="m")
+    gallery = Gallery(tmp_path / "gallery")
+    gallery.add(images, images.read(0, 2))
+    newest = gallery.newest()
+    assert [read_note(file)["seed"] for file in newest] == [4, 9]
+    restored = settings_from_note(read_note(newest[1]))
+    assert (restored.seeds, restored.classes, restored.height, restored.width, restored.model) == (
+        "9",
+        ("ant",),
+        24,
+        16,
+        "m",
+    )
+    assert restored.pipeline_arguments() == asked.pipeline_arguments()
+    again = SampledImages(pipeline, restored, [9], restored.classes, height=24, width=16)
+    assert np.array_equal(again.read(0, 1)[0], np.asarray(Image.open(newest[1])))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(NOTE)), JSON))
+def test_notes_of_strangers(changed: dict) -> None:
+    try:
+        restored = settings_from_note({**NOTE, **changed})
+    except UserError:
+        return
+    assert restored.describe() and restored.pipeline_arguments()
+
+
+def test_files_without_a_note(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "jpeg.png", "JPEG")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:30])
+    (tmp_path / "empty.png").touch()
+    for name, message in [
+        ("plain", "does not say how it was made"),
+        ("jpeg", "not a PNG file"),
+        ("cut", "not a PNG file"),
+        ("empty", "not a PNG file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_note(tmp_path / f"{name}.png")
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "list.png", [1, 2])
+    with pytest.raises(UserError, match="not one of pixeldip's"):
+        read_note(tmp_path / "list.png")
+
+
+def test_only_offered_models_are_loaded(tmp_path: Path) -> None:
+    inside, outside = saved_model(tmp_path / "models" / "a", 16), saved_model(tmp_path / "b", 16)
+    models = Models((), [tmp_path / "models", tmp_path / "missing"], torch.device("cpu"), torch.float32)
+    assert models.names() == [str(inside)]
+    assert models.load(str(inside)) is models.load(str(inside))
+    for name in (str(outside), f"{inside}/../../b", "owner/name", ""):
+        with pytest.raises(UserError, match=r"not one of those offered|choose a model"):
+            models.load(name)
+    with pytest.raises(UserError, match="no such folder"):
+        Models(("nowhere/at/all",), [], torch.device("cpu"), torch.float32)
+
+
+def test_a_gallery_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        Gallery(tmp_path / "file" / "gallery")
+
+
+def test_shares_of_waves() -> None:
+    columns = torch.arange(64.0)
+    long, short = (torch.sin(2 * math.pi * columns / length).expand(1, 3, 64, 64) for length in (32, 4))
+    assert coarse_share(long, 8) == pytest.approx(1) and coarse_share(short, 8) == pytest.approx(0, abs=1e-6)
+    assert coarse_share(long + short, 8) == pytest.approx(0.5)
+    noise = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert coarse_share(noise, 8) == pytest.approx(noise_share(64, 64, 8), rel=0.05)
+    assert noise_share(64, 64, 8) == pytest.approx(
+        math.pi / 8**2, rel=0.05
+    )  # a disc of radius 1/P among all frequencies
+    assert coarse_share(torch.full((1, 3, 16, 16), 2.0), 8) == 0
+
+
+@pytest.mark.parametrize("head", [name for name in HEADS if name != "linear"])
+@torch.no_grad()
+def test_without_context_a_patch_knows_nothing_of_the_others(head: str) -> None:
+    model = opened_up(DiP(**{**TINY_MODEL, "head_width": 16}, num_classes=3, head=head)).eval()
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other[..., 8:] += 1
+    t, y = torch.full((1,), 0.5), torch.tensor([1])
+    with_context = [model(image, t, y)[..., :8] for image in (x, other)]
+    with no_context(model):
+        without = [model(image, t, y)[..., :8] for image in (x, other)]
+        another_class = model(x, t, torch.tensor([2]))[..., :8]
+    assert not torch.equal(*with_context) and torch.equal(*without) and torch.equal(without[0], another_class)
+    assert torch.equal(model(x, t, y)[..., :8], with_context[0])  # the model is whole again
+
+
+@pytest.mark.parametrize("placement", ["post", "intermediate", "hybrid"])
+def test_contexts_are_compared_on_the_path_that_is_sampled(placement: str) -> None:
+    model = opened_up(DiP(**TINY_MODEL, num_classes=3, placement=placement))
+    pipeline = DiPPipeline(model, height=16, width=16, class_names=["ant", "bee", "cow"])
+    pipeline.set_progress_bar_config(disable=True)
+    steps = []
+    compare_contexts(pipeline, "bee", [3], torch.float32, steps.append)
+    end = steps[-1].x + (1 - steps[-1].t) * steps[-1].velocity
+    sampled = pipeline(
+        ["bee"], seeds=[3], num_inference_steps=len(steps), guidance_scale=1.0, output_type="latent"
+    ).images
+    torch.testing.assert_close(end, sampled, atol=1e-5, rtol=0)
+    assert all((step.velocity - step.without_context).abs().max() > 1e-3 for step in steps)
+
+
+def test_a_run_as_its_folder_shows_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-00000500").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000500" / "training.pt").write_bytes(bytes(2**21))
+    save_recipe(tiny_recipe(run, "emoji", training={"steps": 1000, "batch_size": 4}), run / RECIPE)
+    lines = [{"step": i, "loss": 1 / i, "images_per_second": 8.0} for i in range(1, 901)]
+    events = [{"event": "evaluation", "step": 500, "metrics": {"kid_efficientnet": 0.25}, "floors": {}}]
+    (run / METRICS).write_text("\n".join(map(json.dumps, [*lines, *events])) + '\n{"step": 901, "lo')
+    now = RunNow.read(run)
+    assert "step 900 of 1,000" in now.line() and "0:50 left" in now.line()  # 100 steps of 4 images at 8 a second
+    curve = now.curve("loss")
+    assert len(curve) <= POINTS and curve["loss"].iloc[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert now.table()[0][0] == "500" and now.table()[0][2] == "2.0"
+    assert now.measured().to_dict("records") == [{"step": 500, "kid_efficientnet": "0.25"}]
+    os.utime(run / METRICS, (0, 0))
+    assert "nothing new for" in RunNow.read(run).line()
+    (run / METRICS).write_text(json.dumps({"step": 1000, "loss": 0.1, "images_per_second": 8.0}) + "\n")
+    assert RunNow.read(run).line().endswith("done")
+    (run / METRICS).write_text("")
+    assert "no step is logged yet" in RunNow.read(run).line() and len(RunNow.read(run).curve("loss")) == 0

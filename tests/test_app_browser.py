@@ -1,0 +1,328 @@
+"""The page in a real Chromium, as a person uses it: started by the command line, clicked and typed into.
+
+Needs a Chromium: Debian's or Ubuntu's (apt install chromium), any Chrome, or Playwright's own
+(.venv/bin/playwright install chromium).
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'pixeldip[app]'")
+pytest.importorskip("playwright", reason="needs Playwright: pip install playwright")
+from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
+
+from pixeldip.cli import main
+from pixeldip.images import save_png
+from pixeldip.training import train
+
+from .conftest import saved_model, tiny_recipe
+
+PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+PATIENCE = 60_000  # milliseconds; a busy machine answers late
+
+
+def chromium() -> str | None:
+    """An installed Chromium or Chrome, or None for Playwright's own."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as tools:
+        try:
+            browser = tools.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        except Error:
+            pytest.skip("no Chromium: apt install chromium, or .venv/bin/playwright install chromium")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: a saved model of three classes and a run with previews."""
+    folder = tmp_path_factory.mktemp("user")
+    saved_model(folder / "models" / "insects", 16)
+    recipe = tiny_recipe(
+        folder / "runs" / "first",
+        "emoji",
+        data={"resolution": 16},
+        training={"steps": 4, "save_every": 2},
+        preview={"every": 2, "images": 4, "steps": 2},
+    )
+    train(recipe, Console(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """The page, served by `pixeldip app` until Ctrl-C."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pixeldip.cli", "app", "models/insects", "--port", str(port)]
+    flags = ["--device", "cpu", "--precision", "fp32", "--max-images", "8", "--max-steps", "2000"]
+    server = subprocess.Popen([*command, *flags], cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    try:
+        line = server.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in line and "runs/gallery" in line, line
+        yield f"http://127.0.0.1:{port}/"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 130
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    page = opened(browser, address, DESKTOP)
+    yield page
+    page.context.close()
+
+
+def opened(browser: Browser, address: str, viewport: dict[str, int]) -> Page:
+    """A fresh page that has answered; it must ask nothing of other places."""
+    page = browser.new_context(viewport=viewport).new_page()
+    page.set_default_timeout(PATIENCE)
+    expect.set_options(timeout=PATIENCE)
+    elsewhere = []
+    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else elsewhere.append(r.url))
+    page.goto(address)
+    expect(field(page, "Model")).to_have_value("models/insects")
+    expect(page.get_by_label("Height").first).to_have_value("16")
+    assert elsewhere == []
+    return page
+
+
+def field(page: Page, label: str):
+    return page.get_by_role("listbox", name=label, exact=True).or_(page.get_by_label(label, exact=True)).first
+
+
+def generate(page: Page) -> None:
+    """Presses Generate and waits for the result and its place in the gallery."""
+    first = page.locator("#gallery img").first
+    before = first.get_attribute("src") if first.count() else ""
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#progress")).to_contain_text("images in")
+    expect(first).not_to_have_attribute("src", before)
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "runs" / "gallery").glob("*.png"))
+
+
+def shown_picture(page: Page, selector: str) -> np.ndarray:
+    """The pixels of a picture as the page got them."""
+    source = page.locator(f"{selector} img").first.get_attribute("src")
+    with urllib.request.urlopen(source) as answer:
+        return np.asarray(Image.open(answer).convert("RGB"))
+
+
+def told(page: Page, text: str) -> None:
+    """Expects a message in the page."""
+    expect(page.get_by_text(text)).to_be_visible()
+
+
+def test_generate_and_walk_along_the_path(page: Page, folder: Path, tmp_path: Path) -> None:
+    page.get_by_label("Seeds (at most 8)").first.fill("3-5")
+    generate(page)
+    final = shown_picture(page, "#picture")
+    model = str(folder / "models" / "insects")
+    sampled = ["sample", model, "--seeds", "3-5", "--out", str(tmp_path), "--precision", "fp32", "--device", "cpu"]
+    assert main(sampled) == 0
+    kept = sorted((folder / "runs" / "gallery").glob("*.png"))[-3:][::-1]
+    for i, file in enumerate(kept):
+        assert np.array_equal(Image.open(file), Image.open(tmp_path / f"{i:06d}.png"))
+    path = page.get_by_role("slider", name="range slider for Along the path, from noise to image")
+    path.focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#progress")).to_contain_text("t = 0.000")
+    noise = shown_picture(page, "#picture")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#progress")).not_to_contain_text("t = 0.000")
+    heading = shown_picture(page, "#picture")
+    page.get_by_label("the noisy image x_t").check()
+    page.wait_for_function("s => document.querySelector('#picture img').src != s", arg=None)
+    assert not np.array_equal(noise, heading) and not np.array_equal(noise, final)
+
+
+def test_restore_from_the_gallery(page: Page, folder: Path) -> None:
+    page.get_by_label("Seeds (at most 8)").first.fill("11")
+    page.get_by_label("number input for Steps").first.fill("3")
+    page.get_by_label("number input for Guidance").first.fill("1.5")
+    page.keyboard.press("Tab")
+    generate(page)
+    first = newest(folder)
+    page.get_by_label("Seeds (at most 8)").first.fill("0-7")
+    page.get_by_label("number input for Steps").first.fill("2")
+    page.get_by_label("number input for Guidance").first.fill("7")
+    page.keyboard.press("Tab")
+    generate(page)
+    page.locator("#gallery button").nth(8).click()
+    expect(page.locator("#made-with")).to_contain_text("ant, seed 11 · euler, 3 steps · guidance 1.5")
+    page.get_by_role("button", name="Restore settings").click()
+    expect(page.get_by_label("Seeds (at most 8)").first).to_have_value("11")
+    expect(page.get_by_label("number input for Guidance").first).to_have_value("1.5")
+    generate(page)
+    assert newest(folder) != first and np.array_equal(Image.open(newest(folder)), Image.open(first))
+
+
+def test_restore_from_files(page: Page, tmp_path: Path) -> None:
+    upload = page.locator("input[type=file]").first
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    upload.set_input_files(tmp_path / "plain.png")
+    told(page, "does not say how it was made")
+    note = {"model": "<img src=x onerror=alert(1)>", "seed": "a", "num_inference_steps": 1}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "strange.png", note)
+    upload.set_input_files(tmp_path / "strange.png")
+    told(page, "the picture's settings cannot be read")
+    whole = {"solver": "heun", "guidance_scale": 3.5, "guidance_interval": [0, 0.8], "time_shift": 1, "height": 24}
+    note |= {"seed": 7, "num_inference_steps": 9, "width": 16, "class": "cow", **whole}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "elsewhere.png", note)
+    upload.set_input_files(tmp_path / "elsewhere.png")
+    told(page, "not offered here (<img src=x onerror=alert(1)>)")
+    expect(page.get_by_label("Seeds (at most 8)").first).to_have_value("7")
+    expect(page.get_by_label("Height").first).to_have_value("24")
+
+
+@pytest.mark.parametrize(
+    ("label", "value", "message"),
+    [
+        ("Seeds (at most 8)", "0-8", "9 images, and 8 are the most here"),
+        ("Seeds (at most 8)", "<b>x</b>", "seeds '<b>x</b>': expected numbers"),
+        ("Height", "20", "must be multiples of 8"),
+        ("Width", "4096", "width: at most 1024 pixels"),
+        ("Time shift", "0", "time_shift: input should be greater than 0"),
+    ],
+)
+def test_mistakes_are_told_in_the_page(page: Page, label: str, value: str, message: str) -> None:
+    page.get_by_label(label).first.fill(value)
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Generate").click()
+    told(page, message)
+
+
+def test_stop(page: Page, folder: Path) -> None:
+    before = newest(folder) if list((folder / "runs" / "gallery").glob("*.png")) else None
+    page.get_by_label("number input for Steps").first.fill("2000")
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#progress")).to_contain_text("/2000")
+    page.get_by_role("button", name="Stop").first.click()
+    expect(page.locator("#progress")).to_have_text("stopped")
+    page.wait_for_timeout(500)  # Gradio's page takes a moment to free the button
+    page.get_by_label("number input for Steps").first.fill("1")
+    page.keyboard.press("Tab")
+    page.get_by_label("Seeds (at most 8)").first.fill("1")
+    generate(page)
+    after = newest(folder)
+    assert after != before and json.loads(Image.open(after).info["pixeldip"])["num_inference_steps"] == 1
+    assert sum(file.name > (before.name if before else "") for file in after.parent.glob("*.png")) == 1
+
+
+def test_compare(page: Page, folder: Path) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#comparison")).to_contain_text("PSNR between them")
+    assert not np.array_equal(*(shown_picture(page, f"#compared-{side}") for side in "AB"))
+    page.get_by_label("number input for Guidance").nth(2).fill("4")  # as A
+    page.keyboard.press("Tab")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#comparison")).to_contain_text("The images are equal.")
+    seeds = [json.loads(Image.open(f).info["pixeldip"])["seed"] for f in (folder / "runs" / "gallery").glob("*.png")]
+    assert set(range(8)) <= set(seeds)
+
+
+def test_what_the_head_adds(page: Page) -> None:
+    page.get_by_role("tab", name="Head").click()
+    page.get_by_role("button", name="Measure").click()
+    expect(page.locator("#measured")).to_contain_text("White noise:")
+    expect(page.get_by_text("t = 0.500")).to_be_visible()
+    expect(page.get_by_alt_text("The velocity", exact=True)).to_be_visible()
+    slider = page.get_by_role("slider", name="range slider for Step, from noise to image")
+    slider.focus()
+    page.keyboard.press("Home")
+    expect(page.get_by_text("t = 0.000")).to_be_visible()
+
+
+def test_follow_a_run(page: Page, folder: Path) -> None:
+    page.get_by_role("tab", name="Training").click()
+    line = page.locator("#run-line")
+    expect(line).to_contain_text("step 4 of 4")
+    expect(page.get_by_text("Step 4", exact=True)).to_be_visible()
+    previews = page.get_by_role("slider", name="range slider for Previews over time")
+    previews.focus()
+    page.keyboard.press("Home")
+    expect(page.get_by_text("Step 2", exact=True)).to_be_visible()
+    second = folder / "runs" / "second"
+    shutil.copytree(folder / "runs" / "first", second)
+    entry = {"step": 3, "loss": 0.125, "images_per_second": 2.0, "seconds": 1.0}
+    (second / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    page.get_by_role("button", name="Look for runs").click()
+    expect(line).to_contain_text("step 3 of 4 · loss 0.1250 · 2 images/s · 0:02 left")
+    with (second / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**entry, "step": 4, "loss": 0.0625}) + "\n")
+    expect(line).to_contain_text("step 4 of 4 · loss 0.0625")  # by itself
+
+
+def test_on_a_phone_from_the_keyboard(browser: Browser, address: str) -> None:
+    page = opened(browser, address, PHONE)
+    for tab in ("Compare", "Head", "Training", "Generate"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], tab
+    seeds = page.get_by_label("Seeds (at most 8)").first
+    seeds.focus()
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type("2")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "generate":
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator("#progress")).to_contain_text("1 images in")
+    expect(page.locator("#picture img")).to_be_in_viewport()
+    page.context.close()
+
+
+def test_files_stay_where_they_are(address: str, folder: Path) -> None:
+    for path in (
+        "/etc/hosts",
+        folder / "models" / "insects" / "model_index.json",
+        folder / "runs" / "first" / "recipe.yaml",
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}gradio_api/file={path}")
+        assert refused.value.code in (403, 404)
+
+
+def test_a_taken_port_and_an_empty_folder(address: str, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    port = address.strip("/").rpartition(":")[2]
+    gallery = ["--gallery", str(folder / "g")]
+    assert main(["app", str(folder / "models" / "insects"), "--port", port, *gallery]) == 2
+    assert f"port {port} is taken; choose another with --port" in capsys.readouterr().err
+    assert main(["app", "--folders", str(folder / "nothing"), *gallery]) == 2
+    assert "name one, or make one with pixeldip demo" in capsys.readouterr().err
+
+
+def test_two_people_at_once(browser: Browser, address: str) -> None:
+    pages = [opened(browser, address, DESKTOP) for _ in range(2)]
+    for page in pages:
+        page.get_by_role("button", name="Generate").click()
+    for page in pages:
+        expect(page.locator("#progress")).to_contain_text("images in")
+        page.context.close()
