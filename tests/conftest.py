@@ -33,6 +33,19 @@ def reference_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch.undo()
 
 
+@pytest.fixture(scope="session")
+def seeded_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception weights of the published file's names and shapes, but seeded numbers."""
+    from pixeldip.evaluation.inception import Inception
+
+    from .evaluation.make_fixtures import seeded_state
+
+    shapes = {k: tuple(v.shape) for k, v in Inception().state_dict().items() if not k.endswith("num_batches_tracked")}
+    path = tmp_path_factory.mktemp("weights") / "seeded.pth"
+    torch.save({name: torch.from_numpy(values) for name, values in seeded_state(shapes).items()}, path)
+    return path
+
+
 def make_picture(seed: int, height: int = 40, width: int = 48) -> Image.Image:
     """A smooth random picture, so that JPEG hardly changes it."""
     low = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)

@@ -147,7 +147,7 @@ def test_generate_and_walk_along_the_path(page: Page, folder: Path, tmp_path: Pa
     kept = sorted((folder / "runs" / "gallery").glob("*.png"))[-3:][::-1]
     for i, file in enumerate(kept):
         assert np.array_equal(Image.open(file), Image.open(tmp_path / f"{i:06d}.png"))
-    path = page.get_by_role("slider", name="range slider for Along the path, from noise to image")
+    path = page.get_by_role("slider", name="range slider for Path, noise to image")
     path.focus()
     page.keyboard.press("Home")
     expect(page.locator("#progress")).to_contain_text("t = 0.000")
@@ -155,7 +155,7 @@ def test_generate_and_walk_along_the_path(page: Page, folder: Path, tmp_path: Pa
     page.keyboard.press("ArrowRight")
     expect(page.locator("#progress")).not_to_contain_text("t = 0.000")
     heading = shown_picture(page, "#picture")
-    page.get_by_label("the noisy image x_t").check()
+    page.get_by_label("noisy image x_t").check()
     page.wait_for_function("s => document.querySelector('#picture img').src != s", arg=None)
     assert not np.array_equal(noise, heading) and not np.array_equal(noise, final)
 

@@ -1,26 +1,81 @@
-"""What the docs tell people to type."""
+"""What the docs tell people to type: every command and every block of code is run, at small size."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+import yaml
+from rich.console import Console
 
 from pixeldip import DiP
-from pixeldip.cli import main
+from pixeldip.cli import COMMANDS, main
 from pixeldip.model import HEADS, PLACEMENTS
+from pixeldip.recipe import parse_recipe
+from pixeldip.studies import STUDIES
+from pixeldip.training import train
 
-from . import test_model
+from . import test_model, test_official
+from .conftest import make_picture, tiny_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+REPORTS = [page for page in PAGES if page.name == "report.md"]  # written by studies, with the commands that made them
+
+SMALLER = {
+    "torchrun --nproc-per-node 8 -m pixeldip.cli": "pixeldip",  # many processes: test_training, test_evaluate
+    "0-49999": "0-7",
+    "0-63": "0-3",
+    "--steps 100": "--steps 2",
+    "--scale paper": "--scale laptop --out runs/study-heads-paper",
+    "--data IMAGENET --held-out-split validation": "--data photos-train/ --held-out photos-test/",
+    "--resolution 256": "--resolution 32",
+    "--classes 207 360": "--classes 2 4",
+    "num_inference_steps=20": "num_inference_steps=2",
+    "range(2000)": "range(8)",
+}
+MAKES = {
+    "pixeldip convert": "models",
+    "pixeldip demo": "runs/demo",
+    "pixeldip train --data.source my-photos/\n": "runs/my-images",
+}
+TINY_RUN = (
+    "--training.steps 2 --training.batch-size 4 --training.no-compile --preview.every 0 --alignment.weight 0 "
+    "--data.workers 0"
+)
+TINY_NETWORK = "--model.hidden-size 32 --model.depth 2 --model.num-heads 2 --model.head-width 8"
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The fenced blocks of a page, dedented; "" is those without a language."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", page.read_text(encoding="utf-8"), re.S | re.M)
-    return [re.sub(rf"^{indent}", "", text, flags=re.M) for indent, text in found]
+def small_flags(arguments: list[str], inception: Path) -> list[str]:
+    """What makes a command of the docs a matter of seconds; a flag given twice counts as given last."""
+    command, flags = arguments[0], [*arguments[1:]]
+    if command == "train":
+        pretrained = "--model.pretrained" in flags
+        return [*TINY_RUN.split(), *([] if pretrained else TINY_NETWORK.split())]
+    if command == "study":
+        more = ["--contenders", "unet", "dit"] if flags[0] == "heads" else []
+        more += ["--held-out-split", "train"] if "--held-out" in flags else []
+        return ["--steps", "2", "--seeds", "1", "--images", "4", *more]
+    if command == "evaluate":
+        more = ["--images", "8"]
+        if flags[0] != "reference":
+            more += ["--allow-resolution-mismatch", "--no-cache"]
+        return [*more, "--inception-weights", str(inception)]
+    return ["--steps", "2"] if command == "demo" else []
+
+
+def parts(page: Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a page in order, dedented: (language, text); "" is the shell."""
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", page.read_text(encoding="utf-8"), re.S | re.M)
+    return [(language, re.sub(rf"^{indent}", "", text, flags=re.M)) for indent, language, text in found]
+
+
+def commands(shell: str) -> list[list[str]]:
+    """The command lines of a block, as words."""
+    lines = shell.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -33,7 +88,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.fixture
 def gated_conv(monkeypatch: pytest.MonkeyPatch) -> str:
     """The head of docs/extend.md, registered as the page says."""
-    (code,) = blocks(ROOT / "docs" / "extend.md", "python")
+    (code,) = (text for language, text in parts(ROOT / "docs" / "extend.md") if language == "python")
     names: dict = {}
     exec(code, names)
     monkeypatch.setitem(HEADS, "gated_conv", names["GatedConvHead"])
@@ -53,39 +108,67 @@ def test_the_head_of_the_docs(gated_conv: str, tmp_path: Path) -> None:
     assert DiP(head=gated_conv, head_width=8).config.head == "gated_conv"
 
 
-def test_python_of_the_pages(saved_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """README.md and docs/sample.md, from top to bottom, on a tiny model of the demo's classes."""
-    monkeypatch.chdir(saved_run)
-    for page in ("README.md", "docs/sample.md"):
-        names: dict = {}
-        for code in blocks(ROOT / page, "python"):
-            exec(code.replace("num_inference_steps=20", "num_inference_steps=2"), names)
-        assert len(names["images"]) in (1, 2) and names["images"][0].size == (32, 32)
-    assert (saved_run / "fox.png").is_file()
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in REPORTS], ids=lambda page: page.stem)
+def test_a_page_from_top_to_bottom(
+    page: Path, users_folder: Path, seeded_weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "user"
+    shutil.copytree(users_folder, folder)
+    text = page.read_text(encoding="utf-8")
+    for command, made in MAKES.items():
+        if command in text:
+            shutil.rmtree(folder / made)
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    for language, text in parts(page):
+        for large, small in SMALLER.items():
+            text = text.replace(large, small)
+        if language == "python":
+            if page.stem != "extend":  # which has a test of its own
+                exec(text, names)
+        elif language == "yaml":
+            parse_recipe(yaml.safe_load(text), page.name)
+        elif language == "":
+            for program, *arguments in commands(text):
+                if program == "make":
+                    assert f"\n{arguments[0]}:" in (ROOT / "Makefile").read_text()
+                elif arguments[0] == "app":
+                    pass  # started, and ended with Ctrl-C, by test_app_browser
+                else:
+                    assert program == "pixeldip", text
+                    assert main([*arguments, *small_flags(arguments, seeded_weights)]) == 0, arguments
 
 
-def test_onnx_example(saved_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/export.md: its first command, then its code."""
-    pytest.importorskip("onnxruntime")
-    monkeypatch.chdir(saved_run)
-    page = ROOT / "docs" / "export.md"
-    command = blocks(page, "")[0].splitlines()[0].split()
-    assert main(command[1:]) == 0
-    exec(blocks(page, "python")[0], {})
-    assert Image.open(saved_run / "exported" / "1.png").size == (32, 32)
+def test_commands_within_sentences() -> None:
+    for page in PAGES:
+        for words in map(str.split, re.findall(r"`pixeldip ([^`]+)`", page.read_text(encoding="utf-8"))):
+            assert words[0] in COMMANDS, page
+            assert words[0] != "study" or words[1] in (*STUDIES, "…"), page
 
 
 @pytest.fixture(scope="module")
-def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with runs/demo in it, trained for one step."""
-    from rich.console import Console
-
-    from pixeldip.training import train
-
-    from .conftest import tiny_recipe
-
-    folder = tmp_path_factory.mktemp("user")
-    torch.manual_seed(0)
+def users_folder(seeded_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the pages take for granted: pictures, a trained demo, models, samples, a reference."""
+    folder = tmp_path_factory.mktemp("docs") / "user"
+    for source in ("my-photos", "held-out-photos", "new-pictures", "photos-train", "photos-test", "IMAGENET", "REF"):
+        for k, name in enumerate(("ant", "bee")):
+            (folder / source / name).mkdir(parents=True)
+            for i in range(6):
+                make_picture(100 * len(source) + 10 * k + i, 32, 32).save(folder / source / name / f"{i}.png")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
     sections = {"data": {"resolution": 32}, "training": {"steps": 1}}
     train(tiny_recipe(folder / "runs" / "demo", "emoji", **sections), Console(quiet=True))
+    shutil.copytree(folder / "runs" / "demo", folder / "runs" / "my-images")
+    for name in ("MODEL", "my-model"):
+        shutil.copytree(next((folder / "runs" / "demo" / "checkpoints").iterdir()) / "pipeline", folder / name)
+    release = {f"ema_denoiser.{name}": value for name, value in test_official.tensors().items()}
+    torch.save({"state_dict": release}, folder / "DiP-XL-16.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for prepared in (
+            "convert DiP-XL-16.ckpt models/dip-xl-16",
+            "sample MODEL --seeds 0-7 --steps 1 --out SAMPLES",
+            f"evaluate reference REF --out VIRTUAL_imagenet256_labeled.npz --inception-weights {seeded_weights}",
+        ):
+            assert main(prepared.split()) == 0
     return folder

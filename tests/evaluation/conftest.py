@@ -6,17 +6,6 @@ import torch
 
 from pixeldip.evaluation.inception import Inception
 
-from .make_fixtures import seeded_state
-
-
-@pytest.fixture(scope="session")
-def seeded_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Inception weights of the published file's names and shapes, but seeded numbers."""
-    shapes = {k: tuple(v.shape) for k, v in Inception().state_dict().items() if not k.endswith("num_batches_tracked")}
-    path = tmp_path_factory.mktemp("weights") / "seeded.pth"
-    torch.save({name: torch.from_numpy(values) for name, values in seeded_state(shapes).items()}, path)
-    return path
-
 
 @pytest.fixture(scope="session")
 def seeded_inception(seeded_weights: Path) -> Inception:

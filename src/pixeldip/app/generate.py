@@ -23,7 +23,7 @@ from .settings import (
     subject_controls,
 )
 
-NOISY, HEADING = "the noisy image x_t", "the image it is heading for"
+NOISY, HEADING = "noisy image x_t", "predicted image"
 SAMPLING = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 PLAIN = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
@@ -72,7 +72,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
             )
             line = gr.Markdown("", elem_id="progress")
             with gr.Row():
-                moment = gr.Slider(0, 1, 1, step=1, label="Along the path, from noise to image", interactive=False)
+                moment = gr.Slider(0, 1, 1, step=1, label="Path, noise to image", interactive=False)
                 what = gr.Radio([HEADING, NOISY], value=HEADING, label="Show")
             gr.Markdown("### Gallery\nNewest first. Every PNG file says how it was made: choose one to read it.")
             pictures = gr.Gallery(

@@ -12,7 +12,7 @@ from ..pipeline import DiPPipeline
 from ..recipe import Positive, SamplingSettings, check_values
 from ..sampling import parse_seeds
 
-SOLVERS = [("Euler", "euler"), ("Adams-Bashforth 2", "ab2"), ("Heun", "heun"), ("Ancestral (DDPM)", "ancestral")]
+SOLVERS = [("Euler", "euler"), ("AB2", "ab2"), ("Heun", "heun"), ("Ancestral", "ancestral")]
 
 
 @dataclass(frozen=True)

@@ -149,13 +149,17 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         return [
             signature,
             now.line(),
-            now.curve("loss"),
+            loss_plot(now.curve("loss")),
             now.curve("images_per_second"),
             show(name, at),
             gr.update(maximum=max(newest, 1), value=at, interactive=newest > 0),
             now.table(),
             gr.update(value=measured, visible=len(measured) > 0),
         ]
+
+    def loss_plot(curve: pd.DataFrame) -> Any:
+        usual = curve["loss"].quantile(0.95) if len(curve) else 0.0  # the first steps would flatten all the others
+        return gr.update(value=curve, y_lim=[0, 1.1 * usual or 1.0])
 
     def show(name: str | None, index: float) -> Any:
         previews = RunNow.read(Path(name)).previews if name in models.runs() else []
