@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
+import torch
 
 from ..errors import UserError
 
@@ -36,9 +37,13 @@ def _told() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(
-            html.escape(str(error)), duration=None, title="That did not work", print_exception=False
-        ) from None
+        raise _message(str(error)) from None
+    except torch.OutOfMemoryError:
+        raise _message("out of memory: ask for fewer images, or a smaller size") from None
+
+
+def _message(text: str) -> gr.Error:
+    return gr.Error(html.escape(text), duration=None, print_exception=False)
 
 
 def warn_in_page(text: str) -> None:
