@@ -178,7 +178,7 @@ class Recorder:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.batches.append(y.tolist())
-        return y.view(-1, 1, 1, 1).to(x.dtype).expand_as(x)
+        return y[..., None, None, None].to(x.dtype).expand(*y.shape, *x.shape[1:])
 
 
 def test_guidance_is_evaluated_only_inside_its_interval() -> None:
@@ -188,14 +188,14 @@ def test_guidance_is_evaluated_only_inside_its_interval() -> None:
     assert v(x, 0.5, 0.5).flatten().tolist() == [5 + 3 * (1 - 5), 5 + 3 * (2 - 5)]
     v(x, 0.8, 0.8)
     v(x, 0.8, 0.79)  # the second evaluation of a step that started inside
-    assert network.batches == [[1, 2], [1, 2, 5, 5], [1, 2], [1, 2, 5, 5]]
+    assert network.batches == [[1, 2], [[1, 2], [5, 5]], [1, 2], [[1, 2], [5, 5]]]
 
 
 def test_guidance_of_one_is_free_and_the_whole_interval_holds_its_start() -> None:
     network, x = Recorder(), torch.zeros(1, 1, 1, 1)
     guided_velocity(network, torch.tensor([1]), 5, scale=1.0)(x, 0.5, 0.5)
     guided_velocity(network, torch.tensor([1]), 5, scale=2.0)(x, 0.0, 0.0)
-    assert network.batches == [[1], [1, 5]]
+    assert network.batches == [[1], [[1], [5]]]
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.2), (-0.1, 1.0), (0.0, 1.5)])

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pixeldip import DiP, UserError
 from pixeldip.model import HEADS, PLACEMENTS, PRESETS
+from pixeldip.model.heads.unet import UNetHead
 
 from .conftest import opened_up
 
@@ -107,6 +109,77 @@ def test_the_head_sees_one_patch_at_a_time(head: str, patch_size: int) -> None:
     patch[2] += 1
     changed = (detailer(patch, context) - before).abs().amax((1, 2, 3)) > 1e-6
     assert changed.tolist() == [False, False, head != "linear", False, False, False]
+
+
+@pytest.mark.parametrize(("head", "placement"), DESIGNS)
+@pytest.mark.parametrize("prediction", ["velocity", "noise"])
+@torch.no_grad()
+def test_several_labels_of_an_image_are_several_calls(head: str, placement: str, prediction: str) -> None:
+    model = opened_up(tiny(head, placement=placement, prediction=prediction))
+    x, t, y = inputs()
+    labels = torch.stack([y, torch.full_like(y, 5), y - 1])
+    one_by_one = torch.stack([model(x, t, row) for row in labels])
+    torch.testing.assert_close(model(x, t, labels), one_by_one, rtol=1e-5, atol=1e-5 * one_by_one.abs().max().item())
+    v, tokens = model(x, t, labels, tokens_after=1)
+    assert v.shape == (3, *x.shape) and tokens.shape == (9, 6, 32)
+
+
+def plain_unet(head: nn.Module, patch: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """The U-Net as the paper draws it: every layer by itself."""
+    h, skips = patch, []
+    for down in head.down:
+        skips.append(F.silu(down(h)))
+        h = F.max_pool2d(skips[-1], 2, ceil_mode=True)
+    h = F.silu(head.bottleneck(torch.cat([h, context[..., None, None].expand(-1, -1, *h.shape[-2:])], dim=1)))
+    for up, merge, skip in zip(reversed(head.up), reversed(head.merge), reversed(skips)):
+        height, width = skip.shape[-2:]
+        h = F.silu(merge(torch.cat([up(h)[..., :height, :width], skip], dim=1)))
+    return head.out(h)
+
+
+@pytest.mark.parametrize(("patch_size", "depth"), [(4, None), (16, None), (8, 2), (32, None), (5, None), (14, 2)])
+def test_composed_convolutions_are_the_plain_ones(patch_size: int, depth: int | None) -> None:
+    head = UNetHead(3, patch_size, 16, width=8, depth=depth)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    patch, context = torch.randn(6, 3, patch_size, patch_size), torch.randn(6, 16)
+    plain = plain_unet(head, patch, context)
+    wanted = torch.autograd.grad(plain.square().sum(), list(head.parameters()))
+    made = head(patch, context)
+    torch.testing.assert_close(made, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+    for gradient, plain_gradient in zip(torch.autograd.grad(made.square().sum(), list(head.parameters())), wanted):
+        torch.testing.assert_close(gradient, plain_gradient, rtol=1e-3, atol=1e-4 * plain_gradient.abs().max().item())
+
+
+def test_kept_kernels_follow_the_weights() -> None:
+    """Kernels are kept between calls without gradients; a weight that changes in place, or moves, makes them anew."""
+    head = UNetHead(3, 8, 16, width=8).eval()
+    patch, context = torch.randn(6, 3, 8, 8), torch.randn(6, 16)
+
+    def check(tolerance: float = 1e-5) -> None:
+        with torch.no_grad():
+            made, plain = head(patch, context), plain_unet(head, patch, context)
+        torch.testing.assert_close(made, plain, rtol=0, atol=tolerance * plain.abs().max().item())
+
+    check()
+    kept = {i: composed for i, (_, composed) in head._kept.items()}
+    check()
+    assert kept.keys() == {0, 1, 2} and all(head._kept[i][1] is composed for i, composed in kept.items())
+    optimizer = torch.optim.AdamW(head.train().parameters(), lr=0.1, fused=True)
+    head(patch, context).square().sum().backward()
+    check()
+    optimizer.step()
+    check()
+    head.eval()
+    check()
+    head.load_state_dict(UNetHead(3, 8, 16, width=8).state_dict())
+    check()
+    with torch.autocast("cpu", torch.bfloat16):
+        check(0.02)
+    check()
+    head.to(torch.bfloat16)
+    patch, context = patch.bfloat16(), context.bfloat16()
+    check(0.02)
 
 
 def test_patches_come_back_to_their_place() -> None:

@@ -25,6 +25,7 @@ ORDER = [
     "export",
     "convert",
     "training",
+    "bench",
     "report",
     "studies",
     "demo",

@@ -267,6 +267,36 @@ def export(arguments: list[str]) -> int:
 
 
 @dataclass
+class BenchArguments:
+    """Measure speed on this device: a table, and one line of JSON. Contenders take turns; only ratios mean much."""
+
+    what: tyro.conf.Positional[Literal["latency", "training"]]
+    """latency: one guided step, against the release's way of working. training: one step with AdamW and EMA."""
+    model: str = "dip-b/16"
+    """A preset, with random weights; or a run folder, a saved model folder or a hub id."""
+    height: Positive | None = None
+    """By default 16 patches, or the training size."""
+    width: Positive | None = None
+    batch: Positive = 1
+    rounds: Annotated[int, Field(ge=3)] = 11
+    compile: bool = False
+    """Also with torch.compile of the blocks."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    out: Path | None = None
+    """File for the JSON line."""
+
+
+def bench(arguments: list[str]) -> int:
+    """Measure speed: sampling and training steps against the release's way, and against the device's limit."""
+    parsed = tyro.cli(BenchArguments, prog="pixeldip bench", args=arguments)
+    check_flags(parsed)
+    from .bench import bench_command
+
+    bench_command(parsed)
+    return 0
+
+
+@dataclass
 class AppArguments:
     """A page on 127.0.0.1 to play with models, see what they do, and follow training. Ctrl-C ends it."""
 
@@ -308,6 +338,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "study": study,
     "convert": convert,
     "export": export,
+    "bench": bench,
     "app": app,
 }
 

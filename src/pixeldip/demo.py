@@ -22,7 +22,7 @@ from .evaluation.image_sets import SourceImages
 from .evaluation.metrics import boundary_ratio, kernel_distance, nearest_neighbours
 from .evaluation.stream import measure
 from .images import to_pil
-from .processes import Processes, autocast, choose_device, choose_precision
+from .processes import Processes, choose_device, choose_precision
 from .provenance import made_by
 from .recipe import Recipe, image_size, load_recipe
 from .report import demo_page
@@ -77,9 +77,8 @@ def run_demo(arguments: DemoArguments) -> int:
 def write_report(recipe: Recipe, device: torch.device, seconds: float) -> Path:
     """Samples the newest checkpoint of a demo run and writes `report.html` beside it."""
     run = Path(recipe.out)
-    pipeline = load_pipeline(str(run), device)
+    pipeline = load_pipeline(str(run), device, choose_precision(recipe.training.precision, device))
     names = pipeline.config.class_names
-    dtype = choose_precision(recipe.training.precision, device)
     settings = {
         "num_inference_steps": STEPS,
         "solver": "heun",
@@ -87,12 +86,11 @@ def write_report(recipe: Recipe, device: torch.device, seconds: float) -> Path:
         "guidance_interval": (0.0, 1.0),
     }
     began = time.perf_counter()
-    with autocast(device, dtype):
-        labels = [name for name in names for _ in range(SAMPLES_PER_CLASS)]
-        images = pipeline(labels, seeds=range(len(labels)), **settings).images
-        sampling_seconds = time.perf_counter() - began
-        every = math.ceil(STEPS / (PATH_IMAGES - 1))
-        trajectory = pipeline(names[:1], seeds=[0], trajectory_every=every, **settings).trajectory
+    labels = [name for name in names for _ in range(SAMPLES_PER_CLASS)]
+    images = pipeline(labels, seeds=range(len(labels)), **settings).images
+    sampling_seconds = time.perf_counter() - began
+    every = math.ceil(STEPS / (PATH_IMAGES - 1))
+    trajectory = pipeline(names[:1], seeds=[0], trajectory_every=every, **settings).trajectory
     rows = {name: images[i * SAMPLES_PER_CLASS : (i + 1) * SAMPLES_PER_CLASS] for i, name in enumerate(names)}
     denoising = [(t, to_pil(x)[0]) for t, x in trajectory]
     distances = measure_demo(recipe, images, pipeline.model.config.patch_size, device)

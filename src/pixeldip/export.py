@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import logging
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from .pipeline import DiPPipeline
 from .provenance import made_by
 from .run_folder import check_writable
 from .sampling import load_pipeline
+from .terminal import quieted
 
 RECORD = "export.json"
 PROGRAM, PACKAGE, ONNX = "model.pt2", "model.aoti.pt2", "model.onnx"
@@ -143,12 +143,6 @@ def _onnx_velocity(path: Path) -> Velocity:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch's notes about packages it does not find and interfaces it will change."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with quieted("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

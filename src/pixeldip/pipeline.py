@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import logging
 import operator
 import os
 import tempfile
@@ -36,6 +35,7 @@ from .images import to_pil
 from .model import DiP, check_size
 from .run_folder import resolve_model
 from .sharing import upload, write_model_card
+from .terminal import quieted
 
 
 @dataclass
@@ -186,13 +186,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str = "default") -> None:
         """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder."""
         _check_peft()
-        logger = logging.getLogger("diffusers.models.modeling_utils")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # it warns of a cast that is none
-        try:
+        with quieted("diffusers.models.modeling_utils"):  # it warns of a cast that is none
             self.model.save_lora_adapter(save_directory, adapter_name)
-        finally:
-            logger.setLevel(level)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by id or exact name.

@@ -80,6 +80,14 @@ class Processes:
             raise UserError(mistakes[0])
         return value
 
+    def main_first(self, load: Callable[[], Any]) -> Any:
+        """What `load` returns in this process: the main one goes first and downloads what the others then find.
+
+        A UserError in one of them is raised in all.
+        """
+        first = self.together(lambda: load() if self.is_main else None)
+        return self.together(lambda: first or load())
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

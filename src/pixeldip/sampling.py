@@ -53,16 +53,23 @@ def parse_seeds(text: str, most: int = MOST_SEEDS) -> list[int]:
     return [seed for first, last in runs for seed in range(first, last + 1)]
 
 
-def load_pipeline(model: str, device: torch.device) -> DiPPipeline:
-    """The pipeline of a run folder, a saved folder or a hub id, on a device.
+def load_pipeline(model: str, device: torch.device, precision: torch.dtype = torch.float32) -> DiPPipeline:
+    """The pipeline of a run folder, a saved folder or a hub id, on a device, with weights of a precision.
 
     Raises:
         UserError: if there is no model of that name.
     """
     diffusers_logging.disable_progress_bar()  # of loading one component
     pipeline = DiPPipeline.from_pretrained(model).to(device)
+    if precision != pipeline.dtype:
+        pipeline.model.type(precision)  # which, unlike diffusers' to, says nothing about modules to keep in float32
     pipeline.set_progress_bar_config(disable=True)  # commands show their own
     return pipeline
+
+
+def computing_in(pipeline: DiPPipeline, precision: torch.dtype) -> torch.autocast:
+    """The context in which a pipeline computes in a precision: autocast for float32 weights, others as they are."""
+    return autocast(pipeline.device, precision if pipeline.dtype == torch.float32 else torch.float32)
 
 
 def deal_classes(classes: Sequence[int], count: int, order_seed: int | None) -> list[int]:
@@ -87,7 +94,7 @@ class SampledImages:
     Args:
         classes: names or ids; by default all of the model's.
         order_seed: of the random order of the classes; None: in turn.
-        precision: of the network's computation.
+        precision: the network computes in.
         name: of the model, for records.
 
     Raises:
@@ -133,7 +140,7 @@ class SampledImages:
             UserError: if the model puts out anything that is not a number.
         """
         part = slice(start, stop)
-        with autocast(self.pipeline.device, self.precision):
+        with computing_in(self.pipeline, self.precision):
             x = self.pipeline(
                 None if self.labels is None else self.labels[part].tolist(),
                 seeds=self.seeds[part],
@@ -182,13 +189,14 @@ def sample_command(arguments: Any) -> None:
     processes = start_processes(arguments.device)
     try:
         in_turn = arguments.out.suffix != ".npz"
+        precision = choose_precision(arguments.precision, processes.device)
         images = SampledImages(
-            load_pipeline(arguments.model, processes.device),
+            load_pipeline(arguments.model, processes.device, precision),
             arguments,
             seeds,
             arguments.classes,
             order_seed=None if in_turn and arguments.class_order_seed is None else arguments.class_order_seed or 0,
-            precision=choose_precision(arguments.precision, processes.device),
+            precision=precision,
             height=arguments.height,
             width=arguments.width,
             name=arguments.model,

@@ -1,5 +1,6 @@
 """What commands show: warnings, and of long work progress, rate and time left."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,18 @@ def clock(seconds: float) -> str:
 def warn(console: Console, text: str) -> None:
     """A line that limits what was or will be done; files' names in it are taken as they are."""
     console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def quieted(logger_name: str) -> Iterator[None]:
+    """Lets a library's logger say errors only."""
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _Rate(ProgressColumn):

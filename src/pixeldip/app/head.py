@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..flow import SOLVERS, clean_image, guided_velocity, seeded_normal, start_state, time_grid
 from ..model import DiP
 from ..pipeline import DiPPipeline
-from ..processes import autocast
+from ..sampling import computing_in
 from .engine import Pace, sheet, watched
 from .generate import PLAIN, SAMPLING
 from .messages import told_in_page
@@ -124,7 +124,7 @@ def compare_contexts(
 
     times = time_grid(STEPS, objective=model.objective)
     shape = (model.config.in_channels, pipeline.config.height, pipeline.config.width)
-    with autocast(device, precision):
+    with computing_in(pipeline, precision):
         SOLVERS["euler"](both, start_state(seeded_normal(seeds, shape, device), times), times)
 
 

@@ -25,13 +25,14 @@ def evaluate_command(arguments: Any) -> None:
             processes.on_main(lambda: check_writable(arguments.out))
         samples, writer = arguments.samples, None
         if names_a_model(arguments.samples):
+            precision = choose_precision(arguments.precision, processes.device)
             samples = SampledImages(
-                load_pipeline(arguments.samples, processes.device),
+                load_pipeline(arguments.samples, processes.device, precision),
                 arguments,
                 range(arguments.images),
                 arguments.classes,
                 order_seed=0,
-                precision=choose_precision(arguments.precision, processes.device),
+                precision=precision,
                 name=arguments.samples,
             )
             writer = image_writer(samples, arguments.save_images) if arguments.save_images else None

@@ -18,7 +18,7 @@ def guided_velocity(
     """Velocity for classes y (B,): u + scale (c - u) in steps that start at lo < t < hi.
 
     Outside the interval, and for a scale of 1, the unconditional branch is not evaluated. Inside,
-    both branches are one batch of 2B. lo = 0 includes the first step (the release's strict
+    the network is asked for both branches at once. lo = 0 includes the first step (the release's strict
     comparison would leave it out), so that (0, 1) means always.
 
     Raises:
@@ -27,13 +27,14 @@ def guided_velocity(
     lo, hi = interval
     if not 0 <= lo <= hi <= 1:
         raise UserError(f"guidance interval ({lo}, {hi}): give two times with 0 <= lo <= hi <= 1")
-    both = torch.cat([y, torch.full_like(y, null_class)])
+    both = torch.stack([y, torch.full_like(y, null_class)])
 
     def velocity(x: Tensor, t: float, step_start: float) -> Tensor:
         inside = (lo < step_start or lo == 0) and step_start < hi
+        times = x.new_full((len(x),), t)
         if scale == 1 or not inside:
-            return network(x, x.new_full((len(x),), t), y)
-        c, u = network(torch.cat([x, x]), x.new_full((2 * len(x),), t), both).chunk(2)
+            return network(x, times, y)
+        c, u = network(x, times, both)
         return u + scale * (c - u)
 
     return velocity

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 VelocityNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""f(x, t, y): x (B, C, H, W), t (B,) and labels y (B,) -> (B, C, H, W); y (G, B), G labels each -> (G, B, C, H, W)."""
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -54,19 +54,19 @@ class Backbone(nn.Module):
         grid: tuple[int, int],
         after_block: Callable[[int, Tensor, Tensor, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """patches (B, N, C*P*P), t (B,), y (B,), grid (rows, columns).
+        """patches (B, N, C*P*P), t (B,), y (G, B) for G labels of each image, grid (rows, columns).
 
         Args:
-            after_block: given the number of blocks done (from 1), tokens (B, N, D), time embedding (B, D) and
-                condition (B, D), puts out the tokens that go on.
+            after_block: given the number of blocks done (from 1), tokens (G B, N, D), time embedding (G B, D) and
+                condition (G B, D), puts out the tokens that go on.
 
         Returns:
-            Tokens (B, N, D), the time embedding (B, D) and the condition c (B, D).
+            Tokens (G B, N, D), the time embedding (G B, D) and the condition c (G B, D).
         """
-        time = self.time_embed(t)
-        c = F.silu(time + self.class_embed(y))
+        time = self.time_embed(t).repeat(len(y), 1)
+        c = F.silu(time + self.class_embed(y).flatten(0, 1))
         rope = rope_2d(*grid, self.head_dim, device=patches.device)
-        s = self.patch_embed(patches)
+        s = self.patch_embed(patches).repeat(len(y), 1, 1)
         for i, block in enumerate(self.blocks, start=1):
             if self.gradient_checkpointing and self.training:
                 s = self._gradient_checkpointing_func(block, s, c, rope)

@@ -1,6 +1,6 @@
 """DiP: the backbone on large patches and the Patch Detailer Head on their pixels (Sec. 3.3).
 
-B batch, C channels, H x W image, P patch side, N = (H / P)(W / P) patches, M = B * N, D hidden size.
+B batch, G conditions of each image, C channels, H x W image, P patch side, N = (H / P)(W / P) patches, D hidden size.
 """
 
 from typing import Any
@@ -124,17 +124,21 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Args:
             x: x_t (B, C, H, W); images lie in [-1, 1], H and W are multiples of P.
             t: (B,) times in [0, 1], 0 noise, 1 data.
-            y: (B,) integer class labels; `num_classes` is the null class.
+            y: (B,) integer class labels; `num_classes` is the null class. Or (G, B): G labels of each image, as
+                guidance asks for; what depends on the image alone is then computed once.
             tokens_after: a number of blocks, 1 … depth.
 
         Returns:
-            (B, C, H, W) in x's dtype; with `tokens_after` also the tokens (B, N, D) after so many blocks.
+            (B, C, H, W) in x's dtype, or (G, B, C, H, W); with `tokens_after` also the tokens (B, N, D), or
+            (G B, N, D), after so many blocks.
 
         Raises:
             UserError: if H or W is not a multiple of P.
         """
         objective = self.objective
         seen, time = objective.network_input(x, t)
+        labels = y if y.dim() == 2 else y[None]
+        g = len(labels)
         tokens = None
 
         def after_block(blocks: int, s: Tensor, time: Tensor, c: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if blocks == tokens_after:
                 tokens = s
             if self.injection is not None and blocks == self.config.depth // 2:
-                s = self.injection(patches, s, time, c)
+                s = self.injection(patches, s, time, c, g)
             return s
 
         p = self.config.patch_size
@@ -151,10 +155,14 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # (B, C, H, W) -> (B, N, C, P, P): channel-major inside a patch, patches in raster order
         patches = seen.unflatten(-1, (columns, p)).unflatten(-3, (rows, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
         patches = patches.to(self.backbone.patch_embed.weight.dtype)
-        s, *conditions = self.backbone(patches.flatten(2), time, y, (rows, columns), after_block)
-        refined = refine(self.context, self.detailer, patches, s, *conditions)
-        image = refined.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        s, *conditions = self.backbone(patches.flatten(2), time, labels, (rows, columns), after_block)
+        refined = refine(self.context, self.detailer, patches, s, *conditions, g)
+        image = refined.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(-1, *x.shape[1:])
+        if g > 1:
+            x, t = x.repeat(g, 1, 1, 1), t.repeat(g)
         v = objective.to_velocity(image.to(x.dtype), x, t)
+        if y.dim() == 2:
+            v = v.unflatten(0, y.shape)
         return v if tokens_after is None else (v, tokens)
 
 

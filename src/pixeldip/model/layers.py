@@ -13,6 +13,7 @@ ROPE_EXTENT = 16.0  # positions run over [0, 16] whatever the grid, as in the re
 ROPE_BASE = 10000.0
 TIME_FEATURES = 256
 TIME_MAX_PERIOD = 10.0
+FEW_TOKENS = 512
 
 
 class RMSNorm(nn.Module):
@@ -73,6 +74,16 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q, k, v (B, h, N, d).
+
+    In bf16 on a CPU torch's fused kernel is the slower way where tokens are few (benchmarks/LOG.md).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW_TOKENS:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Self-attention with RMS-normalised queries and keys and 2-D rotary positions."""
 
@@ -89,7 +100,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d)
         q = apply_rope(self.q_norm(q), rope)
         k = apply_rope(self.k_norm(k), rope)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):

@@ -2,16 +2,15 @@
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from ..bench.timing import Step, Times, count_flops, take_turns
 from ..data import Source
 from ..evaluation import Evaluator
 from ..evaluation.image_sets import SourceImages
@@ -93,40 +92,31 @@ def measure_costs(recipes: Mapping[str, Recipe], num_classes: int, device: torch
 
     Returns:
         "parameters"; "flops" of one image's forward pass; "latency", seconds of one guided step of one image (both
-        branches, batch 2), the median of several rounds, and "latency_spread", half of its interquartile range.
+        branches), the median of several rounds, and "latency_spread", half of its interquartile range.
     """
-    steps: dict[str, Callable[[], Any]] = {}
+    steps: dict[str, Step] = {}
     costs: dict[str, dict[str, float]] = {}
     for name, recipe in recipes.items():
         model = DiP(**model_config(recipe.model, num_classes)).eval().to(device)
-        steps[name] = _guided_step(model, recipe, device)
-        with FlopCounterMode(display=False) as counter:
-            steps[name]()
-        costs[name] = {"parameters": model.num_parameters(), "flops": counter.get_total_flops() / 2}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(LATENCY_ROUNDS + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if round_:  # the first one warms up
-                seconds[name].append(time.perf_counter() - began)
-    for name, taken in seconds.items():
-        low, middle, high = statistics.quantiles(taken, n=4)
-        costs[name] |= {"latency": middle, "latency_spread": (high - low) / 2}
+        precision = choose_precision(recipe.training.precision, device)
+        steps[name] = _forward(model, recipe, labels=2, precision=precision)
+        once = _forward(model, recipe, labels=1, precision=precision)
+        once()  # composes kernels that are kept from then on
+        costs[name] = {"parameters": model.num_parameters(), "flops": count_flops(once)}
+    for name, seconds in take_turns(steps, LATENCY_ROUNDS, device).items():
+        times = Times.of(seconds)
+        costs[name] |= {"latency": times.median, "latency_spread": times.spread}
     return costs
 
 
-def _guided_step(model: DiP, recipe: Recipe, device: torch.device) -> Callable[[], Tensor]:
-    x = torch.randn(2, model.config.in_channels, *image_size(recipe.data), device=device)
-    t, y = torch.full((2,), 0.5, device=device), torch.zeros(2, dtype=torch.long, device=device)
-    precision = choose_precision(recipe.training.precision, device)
+def _forward(model: DiP, recipe: Recipe, labels: int, precision: torch.dtype) -> Step:
+    device = model.device
+    x = torch.randn(1, model.config.in_channels, *image_size(recipe.data), device=device)
+    t, y = torch.full((1,), 0.5, device=device), torch.zeros(labels, 1, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def step() -> Tensor:
         with autocast(device, precision):
-            v = model(x, t, y)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return v
+            return model(x, t, y)
 
     return step

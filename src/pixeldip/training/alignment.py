@@ -90,8 +90,7 @@ def load_alignment(section: AlignmentSection, patch_size: int, processes: Proces
         encoder = load_vision_model(section.encoder, "alignment.encoder").to(processes.device)
         return Alignment(section, encoder, patch_size, *pixel_statistics(section.encoder))
 
-    first = processes.together(lambda: load() if processes.is_main else None)
-    return processes.together(lambda: first or load())
+    return processes.main_first(load)
 
 
 class AlignedDiP(nn.Module):

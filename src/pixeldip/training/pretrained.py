@@ -85,8 +85,7 @@ def load_pretrained(name: str, processes: Processes) -> DiPPipeline:
         except (OSError, ValueError) as error:  # of the hub's client and of damaged folders
             raise UserError(f"model.pretrained {name}: cannot be loaded ({str(error).splitlines()[0]})") from error
 
-    first = processes.together(lambda: load() if processes.is_main else None)
-    return processes.together(lambda: first or load())
+    return processes.main_first(load)
 
 
 def network_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ...errors import UserError
 from ..backbone import TimeContext
 
+Composed = tuple[Tensor, Tensor, Tensor]
+
 DEFAULT_WIDTH = 64
 MAX_DEFAULT_DEPTH = 4
 
@@ -26,6 +28,7 @@ class UNetHead(nn.Module):
     """
 
     context_type = TimeContext
+    takes_several_contexts = True
 
     def __init__(
         self, in_channels: int, patch_size: int, hidden_size: int, width: int | None = None, depth: int | None = None
@@ -48,6 +51,7 @@ class UNetHead(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(w, w, 2, stride=2) for w in widths)
         self.merge = nn.ModuleList(nn.Conv2d(2 * a, b, 3, padding=1) for a, b in zip(widths, merged, strict=True))
         self.out = nn.Conv2d(widths[0], in_channels, 1)
+        self._kept: dict[int, tuple[tuple, Composed]] = {}
         self._initialise()
         self.to(memory_format=torch.channels_last)
 
@@ -60,16 +64,82 @@ class UNetHead(nn.Module):
         nn.init.normal_(self.out.weight, std=0.01 * self.out.weight[0].numel() ** -0.5)
 
     def forward(self, patch: Tensor, context: Tensor) -> Tensor:
-        """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P)."""
+        """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P).
+
+        For G contexts of each patch, (G, M, D), it is (G, M, C, P, P), and the way down is gone once.
+        """
         h = patch.contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.down:
             h = F.silu(down(h))
             skips.append(h)
             h = F.max_pool2d(h, 2, ceil_mode=True)
-        context = context[:, :, None, None].expand(-1, -1, *h.shape[-2:])
-        h = F.silu(self.bottleneck(torch.cat([h, context], dim=1)))
-        for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
-            height, width = skip.shape[-2:]
-            h = F.silu(merge(torch.cat([up(h)[..., :height, :width], skip], dim=1)))
-        return self.out(h)
+        weight, pixels = self.bottleneck.weight, h.shape[1]
+        context_part = F.linear(context, weight[:, pixels:].flatten(1), self.bottleneck.bias)
+        h = F.silu(F.conv2d(h, weight[:, :pixels]) + context_part[..., None, None])
+        g = len(context) if context.dim() == 3 else 1
+        h = h.flatten(0, -4)  # (G M, width, side, side)
+        for i in reversed(range(len(self.up))):
+            h = self._stage_up(i, h, skips[i], g)
+        return self.out(h).view(*context.shape[:-1], *patch.shape[1:])
+
+    def _stage_up(self, i: int, h: Tensor, skip: Tensor, g: int) -> Tensor:
+        """h (G M, w, side, side) and skip (M, w, 2 side, 2 side) -> (G M, w', 2 side, 2 side)."""
+        up, merge = self.up[i], self.merge[i]
+        height, width = skip.shape[-2:]
+        if (height, width) != (2 * h.shape[-2], 2 * h.shape[-1]):
+            joined = torch.cat([up(h)[..., :height, :width], skip.repeat(g, 1, 1, 1)], dim=1)
+            return F.silu(merge(joined))
+        kernel, bias, skip_kernel = self._composed(i, h.shape[-1])
+        padding = 0 if kernel.shape[-1] == 2 else 1
+        raised = F.conv_transpose2d(h, kernel, stride=2, padding=padding)
+        seen = F.conv2d(skip, skip_kernel, padding=1) + bias
+        if g == 1:
+            return F.silu(raised + seen)
+        return F.silu(raised.unflatten(0, (g, -1)) + seen).flatten(0, 1)
+
+    def train(self, mode: bool = True) -> "UNetHead":
+        """As elsewhere; forgets kept kernels, for fused optimizers change weights without leaving a trace."""
+        self._kept.clear()
+        return super().train(mode)
+
+    def _composed(self, i: int, side: int) -> Composed:
+        """Of stage i; in evaluation mode without gradients kept from call to call, until a weight changes or moves."""
+        up, merge = self.up[i], self.merge[i]
+        weights = (up.weight, up.bias, merge.weight, merge.bias)
+        kept = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if not kept or any(weight.is_inference() for weight in weights):
+            return compose(*weights, side)
+        device = up.weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.weight.dtype
+        state = side, dtype, [(w.data_ptr(), w._version) for w in weights]
+        if i not in self._kept or self._kept[i][0] != state:
+            with torch.autocast(device, enabled=False):
+                parts = compose(*(w.float() for w in weights), side)
+            self._kept[i] = state, tuple(part.to(dtype, memory_format=torch.channels_last) for part in parts)
+        return self._kept[i][1]
+
+
+def compose(up: Tensor, up_bias: Tensor, merge: Tensor, merge_bias: Tensor, side: int) -> Composed:
+    """A 2 x 2 transposed convolution of stride 2 and the 3 x 3 convolution of its result and a skip, as one each.
+
+    Nothing non-linear stands between the two, so their kernels compose to one of 4 x 4: 16 multiplications per cell
+    and pair of channels in place of 4 and 36.
+
+    Args:
+        up: (in, w, 2, 2), its bias (w,).
+        merge: (out, w + skip, 3, 3), its bias (out,).
+        side: pixels of the smaller image, which is square.
+
+    Returns:
+        The kernel (in, out, 4, 4) for stride 2 and padding 1, of which a single pixel needs only the middle 2 x 2
+        without padding; the bias (1, out, 2 side, 2 side), which knows of the zeros around the image; and the
+        kernel of the skip (out, skip, 3, 3).
+    """
+    middle = up.shape[1]
+    kernel = F.conv2d(up, merge[:, :middle], padding=2)
+    if side == 1:
+        kernel = kernel[..., 1:3, 1:3]
+    flat = up_bias.view(1, -1, 1, 1).expand(1, middle, 2 * side, 2 * side)
+    bias = F.conv2d(flat, merge[:, :middle], merge_bias, padding=1)
+    return kernel, bias, merge[:, middle:]

@@ -1,0 +1,87 @@
+"""Times that can be believed: contenders take turns on a warm machine, with clocks that wait for the device."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+Step = Callable[[], object]
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one step: the median over rounds, and half of the interquartile range."""
+
+    median: float
+    spread: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Times":
+        low, median, high = statistics.quantiles(seconds, n=4)
+        return cls(median, (high - low) / 2)
+
+
+def take_turns(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each step in each round; in a round every step runs once, so that all meet the same machine.
+
+    Each step runs twice before the first round, which compiles it and warms it up.
+    """
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronise(device)
+            began = time.perf_counter()
+            step()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:
+    """How many times faster one step is than another: the median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def count_flops(step: Step) -> int:
+    """FLOPs of a step's matrix products and convolutions; attention is counted as the products it consists of."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches: FLOP/s of a large matrix product, bytes/s read and written by a large copy."""
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def measure(cls, device: torch.device, precision: torch.dtype) -> "Ceilings":
+        large = device.type == "cuda"
+        n, length = (8192, 2**28) if large else (3072, 2**26)
+        a, b = (torch.randn(n, n, device=device, dtype=precision) for _ in range(2))
+        source = torch.zeros(length, device=device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        seconds = take_turns({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 7, device)
+        return cls(2 * n**3 / min(seconds["product"]), 2 * length / min(seconds["copy"]))
+
+    def floor(self, flops: float, weight_bytes: float) -> float:
+        """Seconds that so many FLOPs take, or reading the weights once does, whichever is longer."""
+        return max(flops / self.flops, weight_bytes / self.bandwidth)

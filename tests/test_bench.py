@@ -1,0 +1,75 @@
+"""The baseline is the release's network, and the benchmarks say what they measured. No test looks at a time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixeldip.bench.release import ReleaseDiP, release_step
+from pixeldip.bench.timing import Times, count_flops, ratio, take_turns
+from pixeldip.cli import main
+from pixeldip.flow import guided_velocity
+from pixeldip.model import DiP
+
+from .conftest import TINY_MODEL, opened_up, saved_model
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_the_baseline_is_our_network_written_otherwise() -> None:
+    model = opened_up(DiP(**TINY_MODEL, num_classes=3)).eval()
+    release = ReleaseDiP(model)
+    x = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
+    torch.testing.assert_close(release(x, t, y), model(x, t, y), rtol=1e-4, atol=1e-5)
+    step = release_step(release, x, 0.4, 0.1, y, 3, 2.5)
+    ours = x + 0.1 * guided_velocity(model, y, 3, 2.5)(x, 0.4, 0.4)
+    torch.testing.assert_close(step, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_turns_and_ratios() -> None:
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = take_turns(steps, 3, CPU)
+    assert "".join(order) == "aabb" + 3 * "ab" and all(len(values) == 3 for values in seconds.values())
+    # a machine that gets slower by half every round changes no ratio
+    assert ratio({"slow": [2.0, 4.0, 8.0], "fast": [1.0, 2.0, 4.0]}, "slow", "fast") == 2
+    assert Times.of([1.0, 2.0, 3.0]) == Times(2.0, 1.0)
+
+
+def test_flops_of_attention_and_products() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    assert count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * (2 * 5 * 5 * 4)
+    assert count_flops(lambda: torch.randn(3, 4) @ torch.randn(4, 5)) == 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("what", ["latency", "training"])
+def test_the_command(what: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = saved_model(tmp_path / "model", 16)
+    out = tmp_path / "results" / f"{what}.json"
+    flags = ["--model", str(model), "--rounds", "3", "--batch", "2", "--device", "cpu", "--out", str(out)]
+    assert main(["bench", what, *flags]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert json.loads(printed.splitlines()[-1]) == record and "in a large product" in printed
+    assert (record["benchmark"], record["batch"], record["height"]) == (what, 2, 16)
+    assert record["environment"]["command"] and all(row["milliseconds"] > 0 for row in record["steps"].values())
+    if what == "latency":
+        assert list(record["steps"]) == ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16"]
+        assert record["errors"]["ours, fp32"] < 1e-4 and record["errors"]["ours, bf16"] < 0.1
+        # both branches and both halves of every convolution are cheaper than the release's
+        assert record["steps"]["ours, fp32"]["gflops"] < record["steps"]["release, fp32"]["gflops"]
+    else:
+        assert list(record["steps"]) == ["plain eager", "ours"]
+
+
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for flags, message in [
+        (["--model", "dip-q/16"], "no preset 'dip-q/16'"),
+        (["--model", "nowhere"], "no such folder"),
+        (["--model", "dip-s/16", "--height", "20"], "multiples of 16"),
+    ]:
+        assert main(["bench", "latency", *flags]) == 2
+        assert message in capsys.readouterr().err
