@@ -59,6 +59,7 @@ def test_the_command(what: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
     if what == "latency":
         assert list(record["steps"]) == ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16"]
         assert record["errors"]["ours, fp32"] < 1e-4 and record["errors"]["ours, bf16"] < 0.1
+        assert out.with_suffix(".png").is_file() and record["images"]["ours, bf16"]["steps"] == 100
         # both branches and both halves of every convolution are cheaper than the release's
         assert record["steps"]["ours, fp32"]["gflops"] < record["steps"]["release, fp32"]["gflops"]
     else:
@@ -70,6 +71,10 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (["--model", "dip-q/16"], "no preset 'dip-q/16'"),
         (["--model", "nowhere"], "no such folder"),
         (["--model", "dip-s/16", "--height", "20"], "multiples of 16"),
+        (
+            ["--model", str(saved_model(tmp_path / "model", 16)), "--width", "24", "--latent"],
+            "squares of multiples of 16",
+        ),
     ]:
         assert main(["bench", "latency", *flags]) == 2
         assert message in capsys.readouterr().err

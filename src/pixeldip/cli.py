@@ -281,9 +281,11 @@ class BenchArguments:
     rounds: Annotated[int, Field(ge=3)] = 11
     compile: bool = False
     """Also with torch.compile of the blocks."""
+    latent: bool = False
+    """latency: also DiT-XL/2 with its VAE, random weights, in 250 steps as in Table 1."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: Path | None = None
-    """File for the JSON line."""
+    """File for the JSON line; a plot of the latency goes beside it."""
 
 
 def bench(arguments: list[str]) -> int:

@@ -14,6 +14,7 @@ from ..run_folder import check_writable
 from ..sampling import load_pipeline
 from ..training.pretrained import network_config
 from .latency import bench_latency
+from .plot import plot_images
 from .training import bench_training
 
 
@@ -35,7 +36,7 @@ def bench_command(arguments: Any) -> None:
     with console.status("taking turns"):
         common = (model, size, arguments.batch, arguments.rounds, arguments.compile, device)
         if arguments.what == "latency":
-            result = bench_latency(*common)
+            result = bench_latency(*common, arguments.latent)
         else:
             result = bench_training(*common, choose_precision("auto", device))
     for line in _table(result):
@@ -54,6 +55,8 @@ def bench_command(arguments: Any) -> None:
     print(line)
     if arguments.out:
         arguments.out.write_text(line + "\n", encoding="utf-8")
+        if "images" in result:
+            plot_images(record, arguments.out.with_suffix(".png"))
 
 
 def _model(arguments: Any) -> tuple[DiP, tuple[int, int]]:
@@ -78,8 +81,12 @@ def _table(result: dict[str, Any]) -> list[Any]:
         cells = [name, f"{row['milliseconds']:.1f}", f"{row['spread']:.1f}", f"{row['gflops']:.0f}"]
         cells.append(f"{row['share_of_limit']:.0%}")
         table.add_row(*cells, *([f"{row['images_per_second']:.2f}"] if "images_per_second" in row else []))
+    whole = [
+        f"a batch in {row['steps']} steps, {name}: {row['seconds']:.1f} s"
+        for name, row in result.get("images", {}).items()
+    ]
     ratios = [f"{name}: {value:.2f}x" for name, value in result["ratios"].items()]
     ceilings = [
         f"{name}: {values['gflops']:.0f} GFLOP/s in a large product" for name, values in result["ceilings"].items()
     ]
-    return [table, *ratios, *ceilings]
+    return [table, *whole, *ratios, *ceilings]

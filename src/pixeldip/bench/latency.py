@@ -1,6 +1,7 @@
 """The time of one guided step, against the release's way of working and against what the device can do."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,20 +10,29 @@ from torch import Tensor
 from ..flow import guided_velocity
 from ..model import DiP
 from ..processes import autocast
+from .latent import STEPS as LATENT_STEPS
+from .latent import LatentModel
 from .release import ReleaseDiP, release_step
 from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns
 
 GUIDANCE, TIME, DT = 4.0, 0.5, 0.01
+DIT, VAE = "DiT-XL/2 in latents, bf16", "its VAE, one decoding"
+STEPS = 100  # of Euler's method, as in Table 1
 
 
 def bench_latency(
-    model: DiP, size: tuple[int, int], batch: int, rounds: int, compiled: bool, device: torch.device
+    model: DiP, size: tuple[int, int], batch: int, rounds: int, compiled: bool, device: torch.device, latent: bool
 ) -> dict[str, Any]:
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
+    Args:
+        compiled: also with compiled blocks.
+        latent: also DiT-XL/2 with its VAE, in bf16.
+
     Returns:
-        "steps": milliseconds, FLOPs and the share of the ceiling by name; "ratios"; "ceilings"; "errors" against the
-        release's way in float32, as a share of the velocity's standard deviation.
+        "steps": milliseconds, FLOPs and the share of the limit by name; "images": seconds of a whole batch, in 100
+        Euler steps, or 250 of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds; "ceilings"; "errors"
+        against the first row, as a share of the velocity's standard deviation.
     """
     x = torch.randn(batch, model.config.in_channels, *size, device=device)
     y = torch.zeros(batch, dtype=torch.long, device=device)
@@ -44,15 +54,19 @@ def bench_latency(
             **steps,
         }
         precisions |= {"release, fp32": torch.float32, "release, autocast": torch.bfloat16}
+    errors = _errors(steps)
+    weights = dict.fromkeys(steps, model.num_parameters())
+    if latent:
+        other = LatentModel(size, batch, device, torch.bfloat16)
+        steps |= {DIT: other.step(), VAE: other.decode()}
+        precisions |= {DIT: torch.bfloat16, VAE: torch.bfloat16}
+        weights |= {DIT: other.transformer.num_parameters(), VAE: other.vae.num_parameters()}
     seconds = take_turns(steps, rounds, device)
     ceilings = {precision: Ceilings.measure(device, precision) for precision in (torch.float32, torch.bfloat16)}
-    wanted = next(iter(steps.values()))()
-    rows, errors = {}, {}
+    rows = {}
     for name, step in steps.items():
         flops = count_flops(_our_step(half, x, y) if name.endswith("compiled") else step)
-        precision = precisions[name]
-        weights = model.num_parameters() * precision.itemsize
-        floor = ceilings[precision].floor(flops, weights)
+        floor = ceilings[precisions[name]].floor(flops, weights[name] * precisions[name].itemsize)
         times = Times.of(seconds[name])
         rows[name] = {
             "milliseconds": 1e3 * times.median,
@@ -61,10 +75,10 @@ def bench_latency(
             "floor_milliseconds": 1e3 * floor,
             "share_of_limit": floor / times.median,
         }
-        errors[name] = ((step() - wanted).float().std() / (DT * wanted.float().std())).item()
-    fastest = min(rows, key=lambda name: rows[name]["milliseconds"])
+    fastest = min((name for name in rows if name.startswith("ours")), key=lambda name: rows[name]["milliseconds"])
     return {
         "steps": rows,
+        "images": _whole_images(rows),
         "ratios": {f"{name} / {fastest}": ratio(seconds, name, fastest) for name in steps if name != fastest},
         "errors": errors,
         "ceilings": {
@@ -72,6 +86,26 @@ def bench_latency(
             for precision, c in ceilings.items()
         },
     }
+
+
+def _errors(steps: Mapping[str, Step]) -> dict[str, float]:
+    wanted, *_ = results = [step().float() for step in steps.values()]
+    return {name: ((x - wanted).std() / (DT * wanted.std())).item() for name, x in zip(steps, results)}
+
+
+def _whole_images(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Seconds of a batch of images from noise to pixels, as measured and at the limit."""
+    whole = {}
+    for name, row in rows.items():
+        if name == VAE:
+            continue
+        steps, after = (LATENT_STEPS, rows[VAE]) if name == DIT else (STEPS, None)
+        whole[name] = {
+            "steps": steps,
+            "seconds": (steps * row["milliseconds"] + (after["milliseconds"] if after else 0)) / 1e3,
+            "limit": (steps * row["floor_milliseconds"] + (after["floor_milliseconds"] if after else 0)) / 1e3,
+        }
+    return whole
 
 
 def _our_step(network: DiP, x: Tensor, y: Tensor) -> Step:
