@@ -75,7 +75,7 @@ def address(folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pixeldip.cli", "app", "models/insects", "--port", str(port)]
-    flags = ["--device", "cpu", "--precision", "fp32", "--max-images", "8", "--max-steps", "2000"]
+    flags = ["--device", "cpu", "--precision", "fp32", "--max-images", "8", "--max-steps", "2000", "--max-queue", "2"]
     server = subprocess.Popen([*command, *flags], cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ})
     try:
         line = server.stdout.readline()
@@ -88,9 +88,10 @@ def address(folder: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def page(browser: Browser, address: str) -> Iterator[Page]:
+def page(browser: Browser, address: str, tmp_path: Path) -> Iterator[Page]:
     page = opened(browser, address, DESKTOP)
     yield page
+    page.screenshot(path=tmp_path / "page.png", full_page=True)  # to look at when the test failed
     page.context.close()
 
 
@@ -279,7 +280,7 @@ def test_follow_a_run(page: Page, folder: Path) -> None:
     expect(line).to_contain_text("step 4 of 4 · loss 0.0625")  # by itself
 
 
-def test_on_a_phone_from_the_keyboard(browser: Browser, address: str) -> None:
+def test_on_a_phone_from_the_keyboard(browser: Browser, address: str, tmp_path: Path) -> None:
     page = opened(browser, address, PHONE)
     for tab in ("Compare", "Head", "Training", "Generate"):
         page.get_by_role("tab", name=tab).click()
@@ -296,6 +297,9 @@ def test_on_a_phone_from_the_keyboard(browser: Browser, address: str) -> None:
     page.keyboard.press("Enter")
     expect(page.locator("#progress")).to_contain_text("1 images in")
     expect(page.locator("#picture img")).to_be_in_viewport()
+    page.screenshot(path=tmp_path / "phone.png")
+    seen = np.asarray(Image.open(tmp_path / "phone.png").convert("RGB"))
+    assert seen.shape == (PHONE["height"], PHONE["width"], 3) and len(np.unique(seen.reshape(-1, 3), axis=0)) > 100
     page.context.close()
 
 
@@ -317,6 +321,18 @@ def test_a_taken_port_and_an_empty_folder(address: str, folder: Path, capsys: py
     assert f"port {port} is taken; choose another with --port" in capsys.readouterr().err
     assert main(["app", "--folders", str(folder / "nothing"), *gallery]) == 2
     assert "name one, or make one with pixeldip demo" in capsys.readouterr().err
+
+
+def test_a_full_queue_turns_away(browser: Browser, address: str) -> None:
+    pages = [opened(browser, address, DESKTOP) for _ in range(5)]  # one works, two wait
+    for page in pages:
+        page.get_by_label("number input for Steps").first.fill("2000")
+        page.keyboard.press("Tab")
+        page.get_by_role("button", name="Generate").click()
+        page.wait_for_timeout(300)
+    expect(pages[-1].get_by_text("Queue is full")).to_be_visible()
+    for page in pages:
+        page.context.close()
 
 
 def test_two_people_at_once(browser: Browser, address: str) -> None:

@@ -182,6 +182,30 @@ def test_kept_kernels_follow_the_weights() -> None:
     check(0.02)
 
 
+@torch.no_grad()
+def test_wrapped_and_hooked_layers_are_called() -> None:
+    """Adapters, hooks and offloading work through a layer's own call."""
+    head = UNetHead(3, 8, 16, width=8).eval()
+    patch, context = torch.randn(6, 3, 8, 8), torch.randn(2, 6, 16)
+    plain = head(patch, context)
+
+    class Doubled(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    for name, layer in [("merge", head.merge[0]), ("bottleneck", head.bottleneck)]:
+        layer.__class__ = Doubled
+        wrapped = head(patch, context)
+        expected = torch.stack([plain_unet(head, patch, c) for c in context])
+        assert (wrapped - plain).abs().max() > 1e-3, name
+        torch.testing.assert_close(wrapped, expected, rtol=1e-4, atol=1e-5)
+        layer.__class__ = nn.Conv2d
+    called = []
+    head.up[1].register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close(head(patch, context), plain, rtol=1e-4, atol=1e-5)
+    assert called
+
+
 def test_patches_come_back_to_their_place() -> None:
     model = tiny()
 

@@ -1,6 +1,5 @@
 """What a page asks to be sampled: checked like flags, restored from a picture, shown as controls."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -162,10 +161,9 @@ class SubjectControls:
     def updates(pipeline: DiPPipeline) -> list[Any]:
         """What the controls show for a model that was just chosen."""
         names = class_names(pipeline)
-        some = dataclasses.asdict(ImageSettings())
         return [
-            gr.update(choices=names, value=names[: min(4, len(names))], visible=bool(names)),
-            some["seeds"],
+            gr.update(choices=names, value=names[:4], visible=bool(names)),
+            ImageSettings().seeds,
             pipeline.config.height,
             pipeline.config.width,
         ]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..model import DiP
 from ..processes import autocast
 from .latent import STEPS as LATENT_STEPS
 from .latent import LatentModel
-from .release import ReleaseDiP, release_step
+from .release import ReleaseDiP, has_releases_form, release_step
 from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns
 
 GUIDANCE, TIME, DT = 4.0, 0.5, 0.01
@@ -36,38 +37,20 @@ def bench_latency(
     """
     x = torch.randn(batch, model.config.in_channels, *size, device=device)
     y = torch.zeros(batch, dtype=torch.long, device=device)
-    model = model.to(device).eval().requires_grad_(False)
-    half = copy.deepcopy(model).type(torch.bfloat16)
-    networks: dict[str, tuple[DiP, torch.dtype]] = {"ours, fp32": (model, torch.float32)}
-    networks["ours, bf16"] = half, torch.bfloat16
-    if compiled:
-        blocks = copy.deepcopy(half)
-        blocks.compile_repeated_blocks(dynamic=False)
-        networks["ours, bf16, compiled"] = blocks, torch.bfloat16
-    steps: dict[str, Step] = {name: _our_step(network, x, y) for name, (network, _) in networks.items()}
-    precisions = {name: precision for name, (_, precision) in networks.items()}
-    if model.config.head == "unet" and model.config.placement == "post" and model.config.prediction == "velocity":
-        release = ReleaseDiP(model).to(device)
-        steps = {
-            "release, fp32": _release_step(release, x, y, model.config.num_classes, torch.float32),
-            "release, autocast": _release_step(release, x, y, model.config.num_classes, torch.bfloat16),
-            **steps,
-        }
-        precisions |= {"release, fp32": torch.float32, "release, autocast": torch.bfloat16}
-    errors = _errors(steps)
-    weights = dict.fromkeys(steps, model.num_parameters())
+    contenders = _contenders(model.to(device).eval().requires_grad_(False), x, y, compiled)
+    errors = _errors({name: contender.step for name, contender in contenders.items()})
     if latent:
         other = LatentModel(size, batch, device, torch.bfloat16)
-        steps |= {DIT: other.step(), VAE: other.decode()}
-        precisions |= {DIT: torch.bfloat16, VAE: torch.bfloat16}
-        weights |= {DIT: other.transformer.num_parameters(), VAE: other.vae.num_parameters()}
+        contenders[DIT] = _Contender(other.step(), torch.bfloat16, other.transformer.num_parameters())
+        contenders[VAE] = _Contender(other.decode(), torch.bfloat16, other.vae.num_parameters())
+    steps = {name: contender.step for name, contender in contenders.items()}
     seconds = take_turns(steps, rounds, device)
     ceilings = {precision: Ceilings.measure(device, precision) for precision in (torch.float32, torch.bfloat16)}
     rows = {}
-    for name, step in steps.items():
-        flops = count_flops(_our_step(half, x, y) if name.endswith("compiled") else step)
-        floor = ceilings[precisions[name]].floor(flops, weights[name] * precisions[name].itemsize)
-        times = Times.of(seconds[name])
+    for name, contender in contenders.items():
+        flops = count_flops(contender.counted or contender.step)
+        weight_bytes = contender.parameters * contender.precision.itemsize
+        floor, times = ceilings[contender.precision].floor(flops, weight_bytes), Times.of(seconds[name])
         rows[name] = {
             "milliseconds": 1e3 * times.median,
             "spread": 1e3 * times.spread,
@@ -86,6 +69,34 @@ def bench_latency(
             for precision, c in ceilings.items()
         },
     }
+
+
+@dataclass
+class _Contender:
+    """counted: the same step as plain eager code, for those whose FLOPs cannot be counted."""
+
+    step: Step
+    precision: torch.dtype
+    parameters: int
+    counted: Step | None = None
+
+
+def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, _Contender]:
+    count, null_class = model.num_parameters(), model.config.num_classes
+    contenders = {}
+    if has_releases_form(model):
+        release = ReleaseDiP(model).to(x.device)
+        for name, precision in {"release, fp32": torch.float32, "release, autocast": torch.bfloat16}.items():
+            contenders[name] = _Contender(_release_step(release, x, y, null_class, precision), precision, count)
+    half = copy.deepcopy(model).type(torch.bfloat16)
+    eager = _our_step(half, x, y)
+    contenders["ours, fp32"] = _Contender(_our_step(model, x, y), torch.float32, count)
+    contenders["ours, bf16"] = _Contender(eager, torch.bfloat16, count)
+    if compiled:
+        blocks = copy.deepcopy(half)
+        blocks.compile_repeated_blocks(dynamic=False)
+        contenders["ours, bf16, compiled"] = _Contender(_our_step(blocks, x, y), torch.bfloat16, count, counted=eager)
+    return contenders
 
 
 def _errors(steps: Mapping[str, Step]) -> dict[str, float]:

@@ -45,9 +45,6 @@ class LatentModel:
         self.x = torch.randn(batch, 4, side, side, device=device, dtype=precision)
         self.labels = torch.tensor([0] * batch + [1000] * batch, device=device)
 
-    def parameters(self) -> int:
-        return self.transformer.num_parameters()
-
     def step(self) -> Step:
         """One guided step: both branches, as its pipeline does."""
 

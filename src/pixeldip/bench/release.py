@@ -121,6 +121,11 @@ class _UNet(nn.Module):
         return self.out(x)
 
 
+def has_releases_form(model: DiP) -> bool:
+    """Whether a model is of the one kind the release knows."""
+    return (model.config.head, model.config.placement, model.config.prediction) == ("unet", "post", "velocity")
+
+
 class ReleaseDiP(nn.Module):
     """DiP with the U-Net head after the last block: forward(x, t, y) -> velocity, as `DiP`'s."""
 

@@ -12,7 +12,7 @@ from ..model import DiP
 from ..processes import autocast
 from ..training.ema import EMA
 from ..training.loss import training_loss
-from .release import ReleaseDiP
+from .release import ReleaseDiP, has_releases_form
 from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns
 
 LR, EMA_DECAY = 1e-4, 0.9999
@@ -36,7 +36,7 @@ def bench_training(
     y = torch.zeros(batch, dtype=torch.long, device=device)
     model = model.to(device)
     steps: dict[str, Step] = {}
-    if model.config.head == "unet" and model.config.placement == "post" and model.config.prediction == "velocity":
+    if has_releases_form(model):
         steps["plain eager"] = _plain_step(ReleaseDiP(model).to(device), x, y, precision)
     steps["ours"] = _our_step(copy.deepcopy(model), x, y, precision)
     if compiled:

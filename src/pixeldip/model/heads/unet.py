@@ -66,7 +66,7 @@ class UNetHead(nn.Module):
     def forward(self, patch: Tensor, context: Tensor) -> Tensor:
         """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P).
 
-        For G contexts of each patch, (G, M, D), it is (G, M, C, P, P), and the way down is gone once.
+        For G contexts of each patch, (G, M, D), it is (G, M, C, P, P), and the way down is computed once.
         """
         h = patch.contiguous(memory_format=torch.channels_last)
         skips = []
@@ -74,20 +74,26 @@ class UNetHead(nn.Module):
             h = F.silu(down(h))
             skips.append(h)
             h = F.max_pool2d(h, 2, ceil_mode=True)
-        weight, pixels = self.bottleneck.weight, h.shape[1]
-        context_part = F.linear(context, weight[:, pixels:].flatten(1), self.bottleneck.bias)
-        h = F.silu(F.conv2d(h, weight[:, :pixels]) + context_part[..., None, None])
         g = len(context) if context.dim() == 3 else 1
-        h = h.flatten(0, -4)  # (G M, width, side, side)
+        h = F.silu(self._join(h, context, g))
         for i in reversed(range(len(self.up))):
             h = self._stage_up(i, h, skips[i], g)
         return self.out(h).view(*context.shape[:-1], *patch.shape[1:])
+
+    def _join(self, h: Tensor, context: Tensor, g: int) -> Tensor:
+        """The bottleneck of h (M, w, side, side) and contexts (M, D) or (G, M, D) -> (G M, w, side, side)."""
+        if not _plain(self.bottleneck):
+            cells = context.flatten(0, -2)[..., None, None].expand(-1, -1, *h.shape[-2:])
+            return self.bottleneck(torch.cat([h.repeat(g, 1, 1, 1), cells], dim=1))
+        weight, pixels = self.bottleneck.weight, h.shape[1]
+        contexts = F.linear(context, weight[:, pixels:].flatten(1), self.bottleneck.bias)
+        return (F.conv2d(h, weight[:, :pixels]) + contexts[..., None, None]).flatten(0, -4)
 
     def _stage_up(self, i: int, h: Tensor, skip: Tensor, g: int) -> Tensor:
         """h (G M, w, side, side) and skip (M, w, 2 side, 2 side) -> (G M, w', 2 side, 2 side)."""
         up, merge = self.up[i], self.merge[i]
         height, width = skip.shape[-2:]
-        if (height, width) != (2 * h.shape[-2], 2 * h.shape[-1]):
+        if (height, width) != (2 * h.shape[-2], 2 * h.shape[-1]) or not _plain(up, merge):
             joined = torch.cat([up(h)[..., :height, :width], skip.repeat(g, 1, 1, 1)], dim=1)
             return F.silu(merge(joined))
         kernel, bias, skip_kernel = self._composed(i, h.shape[-1])
@@ -118,6 +124,17 @@ class UNetHead(nn.Module):
                 parts = compose(*(w.float() for w in weights), side)
             self._kept[i] = state, tuple(part.to(dtype, memory_format=torch.channels_last) for part in parts)
         return self._kept[i][1]
+
+
+def _plain(*layers: nn.Module) -> bool:
+    """Whether layers may be computed by their weights alone: adapters, hooks and offloading want to be called."""
+    return all(
+        type(layer) in (nn.Conv2d, nn.ConvTranspose2d)
+        and "forward" not in layer.__dict__
+        and not layer._forward_pre_hooks
+        and not layer._forward_hooks
+        for layer in layers
+    )
 
 
 def compose(up: Tensor, up_bias: Tensor, merge: Tensor, merge_bias: Tensor, side: int) -> Composed:
