@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -167,6 +167,8 @@ JSON = st.recursive(
 
 
 @settings(max_examples=300, deadline=None)
+@example({"guidance_scale": "0"})
+@example({"seed": float("inf")})
 @given(st.dictionaries(st.sampled_from(sorted(NOTE)), JSON))
 def test_notes_of_strangers(changed: dict) -> None:
     try:

@@ -74,6 +74,8 @@ def read_note(path: Path) -> dict[str, Any]:
             note = json.loads(picture.info[NOTE])
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path.name}: not a PNG file that can be read ({error})") from None
+    except RecursionError:
+        raise UserError(f"{path.name}: its note on how it was made is not one of pixeldip's") from None
     except KeyError:
         raise UserError(f"{path.name}: does not say how it was made; pixeldip's own PNG files do") from None
     if not isinstance(note, dict):

@@ -301,8 +301,8 @@ def check_flags(arguments: Any) -> None:
     check_values(arguments, lambda name: f"--{name.replace('_', '-')}")
 
 
-def check_values(settings: Any, spelling: Callable[[str], str]) -> None:
-    """Checks a dataclass against the ranges of its types.
+def check_values(settings: Any, spelling: Callable[[str], str]) -> Any:
+    """A dataclass checked against the ranges of its types, its values turned into them.
 
     Args:
         spelling: a field's name as the user knows it.
@@ -311,7 +311,7 @@ def check_values(settings: Any, spelling: Callable[[str], str]) -> None:
         UserError: naming the values that are out of range.
     """
     try:
-        TypeAdapter(type(settings)).validate_python(vars(settings))
+        return TypeAdapter(type(settings)).validate_python(vars(settings))
     except ValidationError as error:
         raise UserError("; ".join(f"{spelling(str(e['loc'][0]))}: {_found(e)}" for e in error.errors())) from None
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .engine import watch
 from .gallery import Gallery
-from .generate import SAMPLING, requested
+from .generate import PLAIN, SAMPLING, TELLING, requested
 from .messages import told_in_page
 from .models import Models
 from .settings import ImageSettings, Limits, SolutionControls, SubjectControls, solution_controls, subject_controls
@@ -59,15 +59,16 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
 
     def open_page() -> list[Any]:
         names = models.names()
-        if not names:
-            return [gr.skip()] * (len(subject.inputs) + len(a.inputs) + len(b.inputs))
-        one, other = (gr.update(choices=names, value=names[0]) for _ in sides)
-        guided = SolutionControls.values(models.defaults(names[0]))
-        unguided = [1.0, *guided[1:]]
-        return [*SubjectControls.updates(models.load(names[0])), one, *guided, other, *unguided]
+        return [gr.update(choices=names, value=names[0] if names else None) for _ in sides]
 
-    def subject_of(name: str) -> list[Any]:
-        return SubjectControls.updates(models.load(name))
+    def subject_of(name: str | None) -> list[Any]:
+        return SubjectControls.updates(models.load(name), limits) if name else [gr.skip()] * len(subject.inputs)
+
+    def solutions_of(name: str | None) -> list[Any]:
+        if not name:
+            return [gr.skip()] * 2 * len(a.solution.inputs)
+        guided = SolutionControls.values(models.defaults(name), limits)
+        return [*guided, 1.0, *guided[1:]]
 
     def compare(*values: Any) -> Iterator[tuple]:
         count, each = len(subject.inputs), len(a.inputs)
@@ -89,8 +90,10 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
         (one, said_a), (other, said_b) = results
         yield gr.skip(), gr.skip(), f"A: {said_a}  \nB: {said_b}  \n{difference(one, other)}"
 
-    page.load(told_in_page(open_page), None, [*subject.inputs, *a.inputs, *b.inputs], api_visibility="private")
-    a.model.input(told_in_page(subject_of), a.model, subject.inputs, api_visibility="private")
+    opening = page.load(open_page, None, [a.model, b.model], **PLAIN)
+    opening.then(told_in_page(subject_of), a.model, subject.inputs, **PLAIN)
+    opening.then(solutions_of, a.model, [*a.solution.inputs, *b.solution.inputs], **PLAIN)
+    a.model.input(told_in_page(subject_of), a.model, subject.inputs, **TELLING)
     running = start.click(
         told_in_page(compare),
         [*subject.inputs, *a.inputs, *b.inputs],
@@ -99,7 +102,7 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
         show_progress_on=line,
         **SAMPLING,
     )
-    stop.click(lambda: "stopped", None, line, cancels=running, queue=False, api_visibility="private")
+    stop.click(lambda: "stopped", None, line, cancels=running, **PLAIN)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> str:

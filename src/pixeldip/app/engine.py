@@ -5,7 +5,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ _END = object()
 SECONDS_BETWEEN_VIEWS = 0.2
 PATH_MOMENTS = 25  # states of a path that are kept for the slider
 SHOWN_PIXELS = 192  # a picture's width on the page, about
+SHEET_PIXELS = 1536  # a sheet's width at most; the gallery has the pictures themselves
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,11 @@ def watch(images: SampledImages) -> Iterator[View]:
 
 def sheet(x: Tensor, columns: int = 4) -> Image.Image:
     """Images (n, C, H, W) in [-1, 1] as one picture, each enlarged to a size that can be judged."""
-    pictures = to_pil(x)
-    return grid(pictures, min(columns, len(pictures)), scale=display_scale(pictures[0].width, SHOWN_PIXELS))
+    pictures, columns = to_pil(x), min(columns, len(x))
+    if (width := pictures[0].width) * columns > SHEET_PIXELS:
+        share = SHEET_PIXELS / columns / width
+        pictures = [picture.reduce(max(1, round(1 / share))) for picture in pictures]
+    return grid(pictures, columns, scale=display_scale(pictures[0].width, SHOWN_PIXELS))
 
 
 class Pace:
@@ -129,6 +132,7 @@ class _State:
 
 
 _closing = threading.Event()
+_one_at_a_time = threading.Lock()
 
 
 def stop_all() -> None:
@@ -141,28 +145,38 @@ class _Stopped(Exception):
 
 
 def watched(work: Callable[[Callable[[Told], None]], object]) -> Iterator[Told]:
-    """Runs `work(tell)` in a thread of its own and yields what it tells.
+    """Runs `work(tell)` in a thread of its own, one work at a time, and yields what it tells.
 
-    Closing the iterator stops the work the next time it tells something. What the work raises is raised here.
+    Closing the iterator stops the work the next time it tells something, and does not wait for it. What the work
+    raises is raised here.
     """
-    told: queue.SimpleQueue = queue.SimpleQueue()
+    told: queue.Queue = queue.Queue(maxsize=2)  # a slow page slows the work, and does not pile up its states
     stop = threading.Event()
+    failure: list[Exception] = []
 
-    def tell(news: Told) -> None:
-        if stop.is_set() or _closing.is_set():
-            raise _Stopped
-        told.put(news)
+    def put(news: object) -> None:
+        while not (stop.is_set() or _closing.is_set()):
+            try:
+                return told.put(news, timeout=0.1)
+            except queue.Full:
+                continue
+        raise _Stopped
 
     def run() -> None:
         try:
-            work(tell)
-        finally:
-            told.put(_END)
+            with _one_at_a_time:
+                work(put)
+        except _Stopped:
+            return
+        except Exception as error:
+            failure.append(error)
+        with contextlib.suppress(_Stopped):
+            put(_END)
 
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(run)
-        try:
-            yield from iter(told.get, _END)
-        finally:
-            stop.set()
-    future.result()
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        yield from iter(told.get, _END)
+    finally:
+        stop.set()
+    if failure:
+        raise failure[0]

@@ -25,7 +25,8 @@ from .settings import (
 
 NOISY, HEADING = "noisy image x_t", "predicted image"
 SAMPLING = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
-PLAIN = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+TELLING = {"api_visibility": "private", "show_progress": "hidden"}  # Gradio shows messages of queued events only
+PLAIN = {"queue": False, **TELLING}
 
 
 def requested(models: Models, limits: Limits, settings: ImageSettings) -> SampledImages:
@@ -86,7 +87,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
                 elem_id="gallery",
                 elem_classes="pixels",
             )
-            made_with = gr.Markdown("", elem_id="made-with")
+            made_with = gr.Textbox(show_label=False, interactive=False, elem_id="made-with", placeholder="its settings")
             with gr.Row():
                 restore = gr.Button("Restore settings", interactive=False, min_width=130, elem_id="restore")
                 download = gr.DownloadButton("Download PNG", interactive=False, min_width=130)
@@ -96,12 +97,12 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
     def defaults(name: str | None) -> list[Any]:
         if not name:
             return [gr.skip()] * len(controls)
-        return [*SubjectControls.updates(models.load(name)), *SolutionControls.values(models.defaults(name))]
+        subject = SubjectControls.updates(models.load(name), limits)
+        return [*subject, *SolutionControls.values(models.defaults(name), limits)]
 
     def open_page() -> list[Any]:
         names = models.names()
-        first = names[0] if names else None
-        return [gr.update(choices=names, value=first), *defaults(first), *show_gallery()]
+        return [gr.update(choices=names, value=names[0] if names else None), *show_gallery()]
 
     def show_gallery() -> tuple[list[str], list[str]]:
         files = [str(file) for file in gallery.newest()]
@@ -138,19 +139,31 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         note = settings_from_note(read_note(Path(file)))
         return file, note.describe(), gr.update(interactive=True), gr.update(value=file, interactive=True)
 
-    def restored(file: str) -> list[Any]:
-        settings = settings_from_note(read_note(Path(file)))
-        name = settings.model
-        values = [*SubjectControls.values(settings), *SolutionControls.values(settings)]
+    def restored(file: str, current: str | None) -> list[Any]:
+        note = read_note(Path(file))
+        settings = settings_from_note(note)
+        name, notes = settings.model, []
         if name not in models.names():
-            warn_in_page(f"The picture was made by a model that is not offered here ({name}); the rest is restored.")
-            return [gr.skip(), *values]
-        names = class_names(models.load(name))
-        values[0] = gr.update(choices=names, value=list(settings.classes), visible=bool(names))
-        return [gr.update(choices=models.names(), value=name), *values]
+            notes.append(f"the model it was made by is not offered here ({name})")
+            name = current
+        if note.get("precision") not in (None, str(models.precision).removeprefix("torch.")):
+            notes.append(f"it was made in {note['precision']}, and the page computes in another precision")
+        names = class_names(models.load(name)) if name else []
+        kept = [label for label in settings.classes if label in names]
+        notes += [f"the model has no class {label}" for label in settings.classes if label not in names]
+        solution = SolutionControls.values(settings, limits)
+        if (
+            solution != SolutionControls.values(settings, Limits(steps=settings.steps))
+            or solution[0] != settings.guidance
+        ):
+            notes.append("its guidance or steps are beyond what is allowed here")
+        if notes:
+            warn_in_page(f"Not all is as it was: {'; '.join(notes)}.")
+        subject = [gr.update(choices=names, value=kept, visible=bool(names)), *SubjectControls.values(settings)[1:]]
+        return [gr.update(choices=models.names(), value=name), *subject, *solution]
 
-    page.load(told_in_page(open_page), None, [model, *controls, pictures, shown], api_visibility="private")
-    model.input(told_in_page(defaults), model, controls, api_visibility="private")
+    page.load(open_page, None, [model, pictures, shown], **PLAIN).then(told_in_page(defaults), model, controls, **PLAIN)
+    model.input(told_in_page(defaults), model, controls, **TELLING)
     running = gr.on(
         [start.click, subject.seeds.submit],
         told_in_page(generate),
@@ -171,6 +184,6 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         trigger_mode="always_last",
         **PLAIN,
     )
-    pictures.select(told_in_page(choose), shown, [chosen, made_with, restore, download], **PLAIN)
-    restore.click(told_in_page(restored), chosen, [model, *controls], api_visibility="private")
-    upload.upload(told_in_page(restored), upload, [model, *controls], api_visibility="private")
+    pictures.select(told_in_page(choose), shown, [chosen, made_with, restore, download], **TELLING)
+    restore.click(told_in_page(restored), [chosen, model], [model, *controls], **TELLING)
+    upload.upload(told_in_page(restored), [upload, model], [model, *controls], **TELLING)

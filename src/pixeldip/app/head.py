@@ -19,7 +19,7 @@ from ..model import DiP
 from ..pipeline import DiPPipeline
 from ..sampling import computing_in
 from .engine import Pace, sheet, watched
-from .generate import PLAIN, SAMPLING
+from .generate import PLAIN, SAMPLING, TELLING
 from .messages import told_in_page
 from .models import Models
 from .settings import ImageSettings, Limits, class_names
@@ -173,10 +173,9 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
                     )
                 )
 
-    def open_page() -> list[Any]:
+    def open_page() -> Any:
         names = models.names()
-        first = names[0] if names else None
-        return [gr.update(choices=names, value=first), classes_of(first)]
+        return gr.update(choices=names, value=names[0] if names else None)
 
     def classes_of(name: str | None) -> Any:
         names = class_names(models.load(name)) if name else []
@@ -210,8 +209,8 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         step = seen[min(int(index), len(seen) - 1)]
         return [f"t = {step.t:.3f}", *step.pictures]
 
-    page.load(told_in_page(open_page), None, [model, label], api_visibility="private")
-    model.input(told_in_page(classes_of), model, label, api_visibility="private")
+    page.load(open_page, None, model, **PLAIN).then(told_in_page(classes_of), model, label, **PLAIN)
+    model.input(told_in_page(classes_of), model, label, **TELLING)
     start.click(
         told_in_page(measure),
         [model, label, seeds],

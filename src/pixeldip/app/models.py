@@ -48,13 +48,18 @@ class Models:
         """The model; of a run, its newest checkpoint.
 
         Raises:
-            UserError: if the page does not offer it.
+            UserError: if the page does not offer it, or it cannot be loaded.
         """
         if name not in self.names():
             raise UserError(f"model {name!r}: not one of those offered here" if name else "choose a model first")
         where = resolve_model(name)
         with self._lock:
-            pipeline = self._loaded.pop(where, None) or load_pipeline(name, self.device, self.precision)
+            try:
+                pipeline = self._loaded.pop(where, None) or load_pipeline(name, self.device, self.precision)
+            except UserError:
+                raise
+            except (OSError, ValueError, RuntimeError) as error:  # a damaged folder, or a hub that does not answer
+                raise UserError(f"model {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
             self._loaded[where] = pipeline  # last: the one used most recently
             while len(self._loaded) > KEPT:
                 del self._loaded[next(iter(self._loaded))]
@@ -63,7 +68,10 @@ class Models:
     def defaults(self, name: str) -> SamplingSettings:
         """What its run's previews are sampled with, or else the settings of `pixeldip sample`."""
         recipe = Path(name) / RECIPE
-        return load_recipe(str(recipe)).preview if recipe.is_file() else SamplingSettings()
+        try:
+            return load_recipe(str(recipe)).preview if recipe.is_file() else SamplingSettings()
+        except UserError:  # a run of another version: its weights may still load
+            return SamplingSettings()
 
     def _sub_folders(self) -> list[Path]:
         return [

@@ -12,6 +12,7 @@ from ..recipe import Positive, SamplingSettings, check_values
 from ..sampling import parse_seeds
 
 SOLVERS = [("Euler", "euler"), ("AB2", "ab2"), ("Heun", "heun"), ("Ancestral", "ancestral")]
+LARGEST_GUIDANCE = 15
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,11 @@ class Limits:
     images: int = 16
     steps: int = 250
     side: int = 1024
+
+    @property
+    def first_seeds(self) -> str:
+        """What a page begins with."""
+        return f"0-{min(8, self.images) - 1}"
 
 
 @dataclass
@@ -65,7 +71,7 @@ def settings_from_note(note: Mapping[str, Any]) -> ImageSettings:
     """
     try:
         settings = ImageSettings(
-            model=note["model"],
+            model=str(note["model"]),
             classes=(str(note["class"]),) if "class" in note else (),
             seeds=str(int(note["seed"])),
             steps=note["num_inference_steps"],
@@ -76,10 +82,9 @@ def settings_from_note(note: Mapping[str, Any]) -> ImageSettings:
             height=note["height"],
             width=note["width"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"the picture's settings cannot be read: {type(error).__name__} {error}") from None
-    check_values(settings, str)
-    return settings
+    return check_values(settings, str)
 
 
 @dataclass
@@ -111,23 +116,30 @@ class SolutionControls:
         }
 
     @staticmethod
-    def values(settings: SamplingSettings) -> list[Any]:
-        """What the controls show for settings."""
+    def values(settings: SamplingSettings, limits: Limits) -> list[Any]:
+        """What the controls show for settings; those beyond a limit are brought back to it."""
         solver = "euler" if settings.solver == "ddim" else settings.solver  # the same steps
-        return [settings.guidance, *settings.guidance_interval, settings.steps, solver, settings.time_shift]
+        guidance = min(max(settings.guidance, 0), LARGEST_GUIDANCE)
+        steps = min(settings.steps, limits.steps)
+        return [guidance, *settings.guidance_interval, steps, solver, settings.time_shift]
 
 
 def solution_controls(limits: Limits) -> SolutionControls:
     """Adds the controls to the page."""
     plain = SamplingSettings()
     guidance = gr.Slider(
-        0, 15, plain.guidance, step=0.1, label="Guidance", info="1 is none; more: truer to the class, less varied"
+        0,
+        LARGEST_GUIDANCE,
+        plain.guidance,
+        step=0.1,
+        label="Guidance",
+        info="1 is none; more: truer to the class, less varied",
     )
     with gr.Row():
         start, end = plain.guidance_interval
         start = gr.Slider(0, 1, start, step=0.01, label="Guide from", info="t = 0: noise", min_width=120)
         end = gr.Slider(0, 1, end, step=0.01, label="Guide until", info="t = 1: image", min_width=120)
-    steps = gr.Slider(1, limits.steps, plain.steps, step=1, label="Steps")
+    steps = gr.Slider(1, max(limits.steps, 2), min(plain.steps, limits.steps), step=1, label="Steps")
     with gr.Row():
         solver = gr.Dropdown(
             SOLVERS, value=plain.solver, label="Solver", info="Heun: two evaluations a step", min_width=140
@@ -158,15 +170,11 @@ class SubjectControls:
         return {"classes": tuple(classes or ()), "seeds": seeds, **sides}
 
     @staticmethod
-    def updates(pipeline: DiPPipeline) -> list[Any]:
+    def updates(pipeline: DiPPipeline, limits: Limits) -> list[Any]:
         """What the controls show for a model that was just chosen."""
-        names = class_names(pipeline)
-        return [
-            gr.update(choices=names, value=names[:4], visible=bool(names)),
-            ImageSettings().seeds,
-            pipeline.config.height,
-            pipeline.config.width,
-        ]
+        names, patch = class_names(pipeline), pipeline.model.config.patch_size
+        sides = (min(side, limits.side // patch * patch) for side in (pipeline.config.height, pipeline.config.width))
+        return [gr.update(choices=names, value=names[:4], visible=bool(names)), limits.first_seeds, *sides]
 
     @staticmethod
     def values(settings: ImageSettings) -> list[Any]:
@@ -185,7 +193,7 @@ def subject_controls(limits: Limits) -> SubjectControls:
         [], value=[], multiselect=True, label="Classes", info="dealt out to the seeds in turn; none: all"
     )
     with gr.Row():
-        seeds = gr.Textbox(ImageSettings().seeds, label=f"Seeds (at most {limits.images})", min_width=140)
+        seeds = gr.Textbox(limits.first_seeds, label=f"Seeds (at most {limits.images})", min_width=140)
         height = gr.Number(None, label="Height", precision=0, min_width=80)
         width = gr.Number(None, label="Width", precision=0, min_width=80)
     return SubjectControls(classes, seeds, height, width)

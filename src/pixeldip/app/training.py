@@ -9,11 +9,11 @@ import gradio as gr
 import pandas as pd
 from PIL import Image
 
+from ..errors import UserError
 from ..recipe import Recipe, load_recipe
 from ..run_folder import METRICS, PREVIEWS, RECIPE, checkpoints, read_evaluations, read_metrics
 from ..terminal import clock
 from .generate import PLAIN
-from .messages import told_in_page
 from .models import Models
 
 SECONDS_BETWEEN_LOOKS = 3
@@ -39,7 +39,7 @@ class RunNow:
             load_recipe(str(run / RECIPE)),
             read_metrics(run),
             read_evaluations(run),
-            sorted((run / PREVIEWS).glob("step-*.png")),
+            read_previews(run),
             checkpoints(run),
             time.time() - (run / METRICS).stat().st_mtime,
         )
@@ -70,8 +70,11 @@ class RunNow:
         """The checkpoints, newest first: step, when, size."""
         rows = []
         for path in reversed(self.checkpoints):
-            files = [file.stat() for file in path.rglob("*") if file.is_file()]
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+            try:
+                files = [file.stat() for file in path.rglob("*") if file.is_file()]
+                when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+            except FileNotFoundError:  # the run has just deleted it
+                continue
             rows.append(
                 [f"{int(path.name.removeprefix('step-')):,}", when, f"{sum(f.st_size for f in files) / 2**20:.1f}"]
             )
@@ -82,6 +85,11 @@ class RunNow:
         return pd.DataFrame(
             [{"step": e["step"], **{k: f"{v:.4g}" for k, v in e["metrics"].items()}} for e in self.evaluations]
         )
+
+
+def read_previews(run: Path) -> list[Path]:
+    """Its sample grids, oldest first."""
+    return sorted((run / PREVIEWS).glob("step-*.png"))
 
 
 def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
@@ -130,7 +138,10 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         if not name or name not in models.runs():
             nothing = "No run has begun in the folders looked through: `pixeldip train` begins one."
             return [None, nothing, *[gr.skip()] * (len(outputs) - 2)]
-        now = RunNow.read(Path(name))
+        try:
+            now = RunNow.read(Path(name))
+        except (UserError, OSError) as error:
+            return [None, f"{name} cannot be read: `{error}`", *[gr.skip()] * (len(outputs) - 2)]
         signature = (
             name,
             len(now.metrics),
@@ -162,14 +173,14 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         return gr.update(value=curve, y_lim=[0, 1.1 * usual or 1.0])
 
     def show(name: str | None, index: float) -> Any:
-        previews = RunNow.read(Path(name)).previews if name in models.runs() else []
+        previews = read_previews(Path(name)) if name in models.runs() else []
         if not previews:
             return gr.update(value=None, label="Preview")
         file = previews[min(int(index), len(previews) - 1)]
         return gr.update(value=Image.open(file), label=f"Step {int(file.stem.removeprefix('step-')):,}")
 
-    page.load(find, None, run, api_visibility="private")
-    again.click(find, None, run, api_visibility="private")
-    gr.on([run.change, timer.tick], told_in_page(look), [run, seen, when], outputs, **PLAIN)
-    when.input(told_in_page(show), [run, when], preview, trigger_mode="always_last", **PLAIN)
+    page.load(find, None, run, **PLAIN)
+    again.click(find, None, run, **PLAIN)
+    gr.on([run.change, timer.tick], look, [run, seen, when], outputs, **PLAIN)
+    when.input(show, [run, when], preview, trigger_mode="always_last", **PLAIN)
     tab.select(lambda: gr.update(active=True), None, timer, **PLAIN)
