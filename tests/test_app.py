@@ -23,7 +23,15 @@ from pixeldip.app.gallery import Gallery
 from pixeldip.app.head import coarse_share, compare_contexts, no_context, noise_share
 from pixeldip.app.messages import told_in_page
 from pixeldip.app.models import Models
-from pixeldip.app.settings import ImageSettings, Limits, settings_from_note
+from pixeldip.app.settings import (
+    ImageSettings,
+    Limits,
+    SolutionControls,
+    SubjectControls,
+    settings_from_note,
+    solution_controls,
+    subject_controls,
+)
 from pixeldip.app.training import POINTS, RunNow
 from pixeldip.images import read_note, save_png
 from pixeldip.model import HEADS
@@ -138,6 +146,16 @@ def test_limits() -> None:
             ImageSettings(**{"seeds": "0", "steps": 2, **wrong}).check(limits)
 
 
+def test_controls_begin_within_the_limits(pipeline: DiPPipeline) -> None:
+    limits = Limits(images=2, steps=1, side=12)
+    settings = SamplingSettings(steps=300, guidance=40.0, solver="ddim")
+    assert SolutionControls.values(settings, limits) == [15, 0.1, 1.0, 1, "euler", 1.0]
+    classes, *others = SubjectControls.updates(pipeline, limits)
+    assert others == ["0-1", 8, 8] and classes["value"] == ["ant", "bee", "cow"]
+    with gr.Blocks():
+        assert solution_controls(limits).steps.value == 1 and subject_controls(limits).seeds.value == "0-1"
+
+
 def test_a_picture_gives_back_its_settings(pipeline: DiPPipeline, tmp_path: Path) -> None:
     asked = ImageSettings(steps=3, solver="heun", guidance=1.5, guidance_interval=(0.0, 0.7), time_shift=2.0)
     images = SampledImages(pipeline, asked, [4, 9], ["cow", "ant"], height=24, width=16, name="m")
@@ -204,6 +222,12 @@ def test_only_offered_models_are_loaded(tmp_path: Path) -> None:
     for name in (str(outside), f"{inside}/../../b", "owner/name", ""):
         with pytest.raises(UserError, match=r"not one of those offered|choose a model"):
             models.load(name)
+    (inside / "model" / "config.json").write_text("{")
+    damaged = Models((), [tmp_path / "models"], torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        damaged.load(str(inside))
+    (inside / RECIPE).write_text("unknown: 1")
+    assert damaged.defaults(str(inside)) == SamplingSettings()
     with pytest.raises(UserError, match="no such folder"):
         Models(("nowhere/at/all",), [], torch.device("cpu"), torch.float32)
 

@@ -94,7 +94,7 @@ class SampledImages:
     Args:
         classes: names or ids; by default all of the model's.
         order_seed: of the random order of the classes; None: in turn.
-        precision: the network computes in.
+        precision: that float32 weights compute in; others compute in their own.
         name: of the model, for records.
 
     Raises:
@@ -113,7 +113,8 @@ class SampledImages:
         width: int | None = None,
         name: str = "model",
     ):
-        self.pipeline, self.settings, self.seeds, self.precision = pipeline, settings, seeds, precision
+        self.pipeline, self.settings, self.seeds = pipeline, settings, seeds
+        self.precision = precision if pipeline.dtype == torch.float32 else pipeline.dtype
         self.name = name
         self.height, self.width = height or pipeline.config.height, width or pipeline.config.width
         self.chosen = [pipeline.class_id(c) for c in classes] or list(range(pipeline.model.config.num_classes))

@@ -32,13 +32,13 @@ def bench_latency(
 
     Returns:
         "steps": milliseconds, FLOPs and the share of the limit by name; "images": seconds of a whole batch, in 100
-        Euler steps, or 250 of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds; "ceilings"; "errors"
-        against the first row, as a share of the velocity's standard deviation.
+        Euler steps, or 250 of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds; "ceilings"; "errors" of
+        the guided velocity against the first row's, as a share of its standard deviation.
     """
     x = torch.randn(batch, model.config.in_channels, *size, device=device)
     y = torch.zeros(batch, dtype=torch.long, device=device)
     contenders = _contenders(model.to(device).eval().requires_grad_(False), x, y, compiled)
-    errors = _errors({name: contender.step for name, contender in contenders.items()})
+    errors = _errors({name: contender.step for name, contender in contenders.items()}, x)
     if latent:
         other = LatentModel(size, batch, device, torch.bfloat16)
         contenders[DIT] = _Contender(other.step(), torch.bfloat16, other.transformer.num_parameters())
@@ -99,9 +99,10 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, _
     return contenders
 
 
-def _errors(steps: Mapping[str, Step]) -> dict[str, float]:
-    wanted, *_ = results = [step().float() for step in steps.values()]
-    return {name: ((x - wanted).std() / (DT * wanted.std())).item() for name, x in zip(steps, results)}
+def _errors(steps: Mapping[str, Step], x: Tensor) -> dict[str, float]:
+    """How far each step from x leads from the first one's, as a share of what the first one adds."""
+    first, *_ = results = [step().float() - x for step in steps.values()]
+    return {name: ((moved - first).std() / first.std()).item() for name, moved in zip(steps, results)}
 
 
 def _whole_images(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

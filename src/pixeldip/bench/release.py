@@ -122,8 +122,10 @@ class _UNet(nn.Module):
 
 
 def has_releases_form(model: DiP) -> bool:
-    """Whether a model is of the one kind the release knows."""
-    return (model.config.head, model.config.placement, model.config.prediction) == ("unet", "post", "velocity")
+    """Whether a model is of the one kind the release knows, whose patches can be halved at every stage."""
+    config = model.config
+    kind = (config.head, config.placement, config.prediction) == ("unet", "post", "velocity")
+    return kind and config.patch_size % 2 ** len(model.detailer.down) == 0
 
 
 class ReleaseDiP(nn.Module):

@@ -45,9 +45,9 @@ def bench_training(
         steps["ours, compiled"] = _our_step(network, x, y, precision)
     seconds = take_turns(steps, rounds, device)
     ceiling = Ceilings.measure(device, precision)
-    flops, rows = count_flops(steps["ours"]), {}
+    rows = {}
     for name in steps:
-        times = Times.of(seconds[name])
+        times, flops = Times.of(seconds[name]), count_flops(steps["ours" if name == "ours, compiled" else name])
         rows[name] = {
             "milliseconds": 1e3 * times.median,
             "spread": 1e3 * times.spread,
@@ -69,8 +69,8 @@ def _our_step(model: DiP, x: Tensor, y: Tensor, precision: torch.dtype) -> Step:
     ema, count = EMA(model, EMA_DECAY), iter(range(10**9))
 
     def step() -> None:
+        noise, t = torch.randn_like(x), torch.rand(len(x), device=x.device)
         with autocast(x.device, precision):
-            noise, t = torch.randn_like(x), torch.rand(len(x), device=x.device)
             losses = training_loss(model, model.objective, None, x, y, noise, t)
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
