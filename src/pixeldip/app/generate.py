@@ -152,10 +152,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         kept = [label for label in settings.classes if label in names]
         notes += [f"the model has no class {label}" for label in settings.classes if label not in names]
         solution = SolutionControls.values(settings, limits)
-        if (
-            solution != SolutionControls.values(settings, Limits(steps=settings.steps))
-            or solution[0] != settings.guidance
-        ):
+        if (solution[0], solution[3]) != (settings.guidance, settings.steps):
             notes.append("its guidance or steps are beyond what is allowed here")
         if notes:
             warn_in_page(f"Not all is as it was: {'; '.join(notes)}.")
