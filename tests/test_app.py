@@ -273,7 +273,7 @@ def test_contexts_are_compared_on_the_path_that_is_sampled(placement: str) -> No
     pipeline = DiPPipeline(model, height=16, width=16, class_names=["ant", "bee", "cow"])
     pipeline.set_progress_bar_config(disable=True)
     steps = []
-    compare_contexts(pipeline, "bee", [3], torch.float32, steps.append)
+    compare_contexts(pipeline, "bee", [3], steps.append)
     end = steps[-1].x + (1 - steps[-1].t) * steps[-1].velocity
     sampled = pipeline(
         ["bee"], seeds=[3], num_inference_steps=len(steps), guidance_scale=1.0, output_type="latent"

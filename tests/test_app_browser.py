@@ -5,7 +5,6 @@ Needs a Chromium: Debian's or Ubuntu's (apt install chromium), any Chrome, or Pl
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -78,7 +77,7 @@ def address(folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pixeldip.cli", "app", "models/insects", "--port", str(port)]
     flags = ["--device", "cpu", "--precision", "fp32", "--max-images", "8", "--max-steps", "2000", "--max-queue", "2"]
-    server = subprocess.Popen([*command, *flags], cwd=folder, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    server = subprocess.Popen([*command, *flags], cwd=folder, stdout=subprocess.PIPE, text=True)
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{port}" in line and "runs/gallery" in line, line

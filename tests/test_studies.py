@@ -11,14 +11,14 @@ from PIL import Image
 
 from pixeldip import DiP
 from pixeldip.cli import main
-from pixeldip.images import from_uint8, grid
+from pixeldip.images import from_uint8, grid, psnr
 from pixeldip.recipe import load_recipe
 from pixeldip.studies import STUDIES
 from pixeldip.studies.comparison_report import differ
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
 from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
-from pixeldip.studies.overfit import previews, psnr
+from pixeldip.studies.overfit import previews
 from pixeldip.studies.study import contender_recipe
 from pixeldip.training.preparation import check_recipe, model_config
 

@@ -1,6 +1,7 @@
 """Between tensors in [-1, 1] and pictures: uint8 conversion, grids, files that say how they were made."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale: int =
 def display_scale(width: int, target: int = 96) -> int:
     """How many times to enlarge pictures of this width so that a person can judge them."""
     return max(1, round(target / width))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 images; infinite if they are equal."""
+    error = np.square(a.astype(np.float64) - b).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def save_png(picture: Image.Image, path: Path, made_with: dict[str, Any]) -> None:

@@ -122,6 +122,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def precision_name(precision: torch.dtype) -> str:
+    """As records and pages spell it, for instance "bfloat16"."""
+    return str(precision).removeprefix("torch.")
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which float32 weights compute in `precision`; float32 changes nothing."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)

@@ -51,6 +51,11 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint or preview."""
+    return int(path.stem.removeprefix("step-"))
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. (One being written has another name until it is.)"""
     return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir())
@@ -71,9 +76,14 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
     return _by_step(entry for entry in _lines(run) if entry.get("event") == "evaluation")
 
 
+def preview_files(run: Path) -> list[Path]:
+    """The sample grids of a run, oldest first."""
+    return sorted((run / PREVIEWS).glob("step-*.png"))
+
+
 def newest_preview(run: Path) -> Path | None:
     """The newest sample grid of a run, or None."""
-    return max((run / PREVIEWS).glob("step-*.png"), default=None)
+    return next(reversed(preview_files(run)), None)
 
 
 def _by_step(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

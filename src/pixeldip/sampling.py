@@ -19,7 +19,7 @@ from .errors import UserError
 from .flow import Stream
 from .images import display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
-from .processes import Processes, autocast, choose_precision, start_processes, stop_processes
+from .processes import Processes, autocast, choose_precision, precision_name, start_processes, stop_processes
 from .provenance import made_by
 from .recipe import SamplingSettings
 from .terminal import image_progress
@@ -65,11 +65,6 @@ def load_pipeline(model: str, device: torch.device, precision: torch.dtype = tor
         pipeline.model.type(precision)  # which, unlike diffusers' to, says nothing about modules to keep in float32
     pipeline.set_progress_bar_config(disable=True)  # commands show their own
     return pipeline
-
-
-def computing_in(pipeline: DiPPipeline, precision: torch.dtype) -> torch.autocast:
-    """The context in which a pipeline computes in a precision: autocast for float32 weights, others as they are."""
-    return autocast(pipeline.device, precision if pipeline.dtype == torch.float32 else torch.float32)
 
 
 def deal_classes(classes: Sequence[int], count: int, order_seed: int | None) -> list[int]:
@@ -141,7 +136,8 @@ class SampledImages:
             UserError: if the model puts out anything that is not a number.
         """
         part = slice(start, stop)
-        with computing_in(self.pipeline, self.precision):
+        cast = self.precision if self.pipeline.dtype == torch.float32 else torch.float32  # others as they are
+        with autocast(self.pipeline.device, cast):
             x = self.pipeline(
                 None if self.labels is None else self.labels[part].tolist(),
                 seeds=self.seeds[part],
@@ -180,7 +176,7 @@ class SampledImages:
             **self.settings.pipeline_arguments(),
             "height": self.height,
             "width": self.width,
-            "precision": str(self.precision).removeprefix("torch."),
+            "precision": precision_name(self.precision),
         }
 
 
@@ -197,7 +193,6 @@ def sample_command(arguments: Any) -> None:
             seeds,
             arguments.classes,
             order_seed=None if in_turn and arguments.class_order_seed is None else arguments.class_order_seed or 0,
-            precision=precision,
             height=arguments.height,
             width=arguments.width,
             name=arguments.model,

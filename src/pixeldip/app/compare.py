@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from ..images import psnr
 from .engine import watch
 from .gallery import Gallery
 from .generate import PLAIN, SAMPLING, TELLING, requested
@@ -109,5 +110,5 @@ def difference(one: np.ndarray, other: np.ndarray) -> str:
     """How far two batches of images, uint8, are apart."""
     if one.shape != other.shape:
         return "The images differ in size."
-    error = np.square(one.astype(float) - other).mean()
-    return "The images are equal." if error == 0 else f"PSNR between them: {10 * math.log10(255**2 / error):.1f} dB"
+    ratio = psnr(one, other)
+    return "The images are equal." if math.isinf(ratio) else f"PSNR between them: {ratio:.1f} dB"

@@ -83,9 +83,8 @@ def watch(images: SampledImages) -> Iterator[View]:
 def sheet(x: Tensor, columns: int = 4) -> Image.Image:
     """Images (n, C, H, W) in [-1, 1] as one picture, each enlarged to a size that can be judged."""
     pictures, columns = to_pil(x), min(columns, len(x))
-    if (width := pictures[0].width) * columns > SHEET_PIXELS:
-        share = SHEET_PIXELS / columns / width
-        pictures = [picture.reduce(max(1, round(1 / share))) for picture in pictures]
+    if (factor := round(pictures[0].width * columns / SHEET_PIXELS)) > 1:
+        pictures = [picture.reduce(factor) for picture in pictures]
     return grid(pictures, columns, scale=display_scale(pictures[0].width, SHOWN_PIXELS))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ..images import read_note
+from ..processes import precision_name
 from ..sampling import SampledImages
 from .engine import Moment, watch
 from .gallery import Gallery
@@ -41,7 +42,6 @@ def requested(models: Models, limits: Limits, settings: ImageSettings) -> Sample
         settings,
         seeds,
         settings.classes,
-        precision=models.precision,
         height=settings.height,
         width=settings.width,
         name=settings.model,
@@ -146,7 +146,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         if name not in models.names():
             notes.append(f"the model it was made by is not offered here ({name})")
             name = current
-        if note.get("precision") not in (None, str(models.precision).removeprefix("torch.")):
+        if note.get("precision") not in (None, precision_name(models.precision)):
             notes.append(f"it was made in {note['precision']}, and the page computes in another precision")
         names = class_names(models.load(name)) if name else []
         kept = [label for label in settings.classes if label in names]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..flow import SOLVERS, clean_image, guided_velocity, seeded_normal, start_state, time_grid
 from ..model import DiP
 from ..pipeline import DiPPipeline
-from ..sampling import computing_in
 from .engine import Pace, sheet, watched
 from .generate import PLAIN, SAMPLING, TELLING
 from .messages import told_in_page
@@ -107,7 +106,7 @@ def no_context(model: DiP) -> Iterator[None]:
 
 @torch.no_grad()
 def compare_contexts(
-    pipeline: DiPPipeline, label: str | None, seeds: list[int], precision: torch.dtype, tell: Callable[[HeadStep], None]
+    pipeline: DiPPipeline, label: str | None, seeds: list[int], tell: Callable[[HeadStep], None]
 ) -> None:
     """Samples with Euler's method, without guidance, and tells at each step both velocities at the state it is in."""
     model, device = pipeline.model, pipeline.device
@@ -124,8 +123,7 @@ def compare_contexts(
 
     times = time_grid(STEPS, objective=model.objective)
     shape = (model.config.in_channels, pipeline.config.height, pipeline.config.width)
-    with computing_in(pipeline, precision):
-        SOLVERS["euler"](both, start_state(seeded_normal(seeds, shape, device), times), times)
+    SOLVERS["euler"](both, start_state(seeded_normal(seeds, shape, device), times), times)
 
 
 def head_tab(page: gr.Blocks, models: Models) -> None:
@@ -187,7 +185,7 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         pipeline = models.load(settings.model)
         patch_size, size = pipeline.model.config.patch_size, (pipeline.config.height, pipeline.config.width)
         pace, seen = Pace(STEPS), []
-        work = watched(lambda tell: compare_contexts(pipeline, label, chosen, models.precision, tell))
+        work = watched(lambda tell: compare_contexts(pipeline, label, chosen, tell))
         with contextlib.closing(work) as telling:
             for step in telling:
                 seen.append(_Seen(step.t, step.coarse_shares(patch_size), step.pictures()))

@@ -6,7 +6,7 @@ import gradio as gr
 
 from .. import __version__
 from ..errors import UserError
-from ..processes import choose_device, choose_precision
+from ..processes import choose_device, choose_precision, precision_name
 from .compare import compare_tab
 from .gallery import Gallery
 from .generate import generate_tab
@@ -72,12 +72,10 @@ def launch_page(arguments: Any) -> gr.Blocks:
 
 
 def _build(models: Models, gallery: Gallery, limits: Limits) -> gr.Blocks:
-    precision = str(models.precision).removeprefix("torch.")
+    where = f"{models.device}, {precision_name(models.precision)}"
     page = gr.Blocks(title="pixeldip", analytics_enabled=False, delete_cache=(3600, 86400))
     with page:
-        gr.Markdown(
-            f"# pixeldip\nImages in pixel space, step by step · {models.device}, {precision} · version {__version__}"
-        )
+        gr.Markdown(f"# pixeldip\nImages in pixel space, step by step · {where} · version {__version__}")
         with gr.Tab("Generate"):
             generate_tab(page, models, gallery, limits)
         with gr.Tab("Compare"):

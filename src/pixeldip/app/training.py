@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..recipe import Recipe, load_recipe
-from ..run_folder import METRICS, PREVIEWS, RECIPE, checkpoints, read_evaluations, read_metrics
+from ..run_folder import METRICS, RECIPE, checkpoints, preview_files, read_evaluations, read_metrics, step_of
 from ..terminal import clock
 from .generate import PLAIN
 from .models import Models
@@ -39,7 +39,7 @@ class RunNow:
             load_recipe(str(run / RECIPE)),
             read_metrics(run),
             read_evaluations(run),
-            read_previews(run),
+            preview_files(run),
             checkpoints(run),
             time.time() - (run / METRICS).stat().st_mtime,
         )
@@ -75,9 +75,7 @@ class RunNow:
                 when = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
             except FileNotFoundError:  # the run has just deleted it
                 continue
-            rows.append(
-                [f"{int(path.name.removeprefix('step-')):,}", when, f"{sum(f.st_size for f in files) / 2**20:.1f}"]
-            )
+            rows.append([f"{step_of(path):,}", when, f"{sum(f.st_size for f in files) / 2**20:.1f}"])
         return rows
 
     def measured(self) -> pd.DataFrame:
@@ -85,11 +83,6 @@ class RunNow:
         return pd.DataFrame(
             [{"step": e["step"], **{k: f"{v:.4g}" for k, v in e["metrics"].items()}} for e in self.evaluations]
         )
-
-
-def read_previews(run: Path) -> list[Path]:
-    """Its sample grids, oldest first."""
-    return sorted((run / PREVIEWS).glob("step-*.png"))
 
 
 def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
@@ -173,11 +166,11 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         return gr.update(value=curve, y_lim=[0, 1.1 * usual or 1.0])
 
     def show(name: str | None, index: float) -> Any:
-        previews = read_previews(Path(name)) if name in models.runs() else []
+        previews = preview_files(Path(name)) if name in models.runs() else []
         if not previews:
             return gr.update(value=None, label="Preview")
         file = previews[min(int(index), len(previews) - 1)]
-        return gr.update(value=Image.open(file), label=f"Step {int(file.stem.removeprefix('step-')):,}")
+        return gr.update(value=Image.open(file), label=f"Step {step_of(file):,}")
 
     page.load(find, None, run, **PLAIN)
     again.click(find, None, run, **PLAIN)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..flow import guided_velocity
 from ..model import DiP
-from ..processes import autocast
+from ..processes import autocast, precision_name
 from .latent import STEPS as LATENT_STEPS
 from .latent import LatentModel
 from .release import ReleaseDiP, has_releases_form, release_step
@@ -65,7 +65,7 @@ def bench_latency(
         "ratios": {f"{name} / {fastest}": ratio(seconds, name, fastest) for name in steps if name != fastest},
         "errors": errors,
         "ceilings": {
-            str(precision).removeprefix("torch."): {"gflops": c.flops / 1e9, "gigabytes_per_second": c.bandwidth / 1e9}
+            precision_name(precision): {"gflops": c.flops / 1e9, "gigabytes_per_second": c.bandwidth / 1e9}
             for precision, c in ceilings.items()
         },
     }

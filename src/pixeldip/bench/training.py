@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..flow import interpolate
 from ..model import DiP
-from ..processes import autocast
+from ..processes import autocast, precision_name
 from ..training.ema import EMA
 from ..training.loss import training_loss
 from .release import ReleaseDiP, has_releases_form
@@ -45,9 +45,10 @@ def bench_training(
         steps["ours, compiled"] = _our_step(network, x, y, precision)
     seconds = take_turns(steps, rounds, device)
     ceiling = Ceilings.measure(device, precision)
+    counted = {name: count_flops(step) for name, step in steps.items() if name != "ours, compiled"}
     rows = {}
     for name in steps:
-        times, flops = Times.of(seconds[name]), count_flops(steps["ours" if name == "ours, compiled" else name])
+        times, flops = Times.of(seconds[name]), counted.get(name, counted["ours"])
         rows[name] = {
             "milliseconds": 1e3 * times.median,
             "spread": 1e3 * times.spread,
@@ -59,7 +60,7 @@ def bench_training(
     return {
         "steps": rows,
         "ratios": {f"{name} / {fastest}": ratio(seconds, name, fastest) for name in steps if name != fastest},
-        "ceilings": {str(precision).removeprefix("torch."): {"gflops": ceiling.flops / 1e9}},
+        "ceilings": {precision_name(precision): {"gflops": ceiling.flops / 1e9}},
     }
 
 

@@ -32,7 +32,6 @@ def evaluate_command(arguments: Any) -> None:
                 range(arguments.images),
                 arguments.classes,
                 order_seed=0,
-                precision=precision,
                 name=arguments.samples,
             )
             writer = image_writer(samples, arguments.save_images) if arguments.save_images else None

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from ..data import BrokenImage, centre_crop, decode
 from ..errors import UserError
+from ..images import psnr
 from ..processes import start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
 from ..report import data_uri, render, to_svg
-from ..run_folder import PREVIEWS, read_metrics
+from ..run_folder import preview_files, read_metrics, step_of
 from ..terminal import clock
 from ..training import train
 from .comparisons import dit, unet
@@ -44,12 +45,6 @@ OVERFIT = Study(
     "DiT-only gets layout and colours but stays blurry; with the head, details come, and come sooner.",
     contenders,
 )
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 images; infinite if they are equal."""
-    error = np.square(a.astype(np.float64) - b).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def run_overfit(out: Path, scale: Scale, image: Path | None, steps: int | None, device: str, console: Console) -> int:
@@ -94,12 +89,10 @@ def previews(run: Path, height: int, width: int, count: int) -> dict[int, list[n
     """The images of a run's previews by step: sampled from the averaged weights, with seeds 0, 1 …"""
     columns, gap = math.isqrt(count), 2
     found = {}
-    for path in sorted((run / PREVIEWS).glob("step-*.png")):
+    for path in preview_files(run):
         sheet = np.asarray(Image.open(path).convert("RGB"))
         places = [(i // columns * (height + gap), i % columns * (width + gap)) for i in range(count)]
-        found[int(path.stem.removeprefix("step-"))] = [
-            sheet[top : top + height, left : left + width] for top, left in places
-        ]
+        found[step_of(path)] = [sheet[top : top + height, left : left + width] for top, left in places]
     return found
 
 
