@@ -45,25 +45,63 @@ def test_flops_of_attention_and_products() -> None:
     assert count_flops(lambda: torch.randn(3, 4) @ torch.randn(4, 5)) == 2 * 3 * 4 * 5
 
 
-@pytest.mark.parametrize("what", ["latency", "training"])
-def test_the_command(what: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    model = saved_model(tmp_path / "model", 16)
+def run(what: str, tmp_path: Path, capsys: pytest.CaptureFixture, *flags: str) -> dict:
+    """The record a benchmark of a tiny model writes, which is also what it prints."""
     out = tmp_path / "results" / f"{what}.json"
-    flags = ["--model", str(model), "--rounds", "3", "--batch", "2", "--device", "cpu", "--out", str(out)]
-    assert main(["bench", what, *flags]) == 0
-    printed = capsys.readouterr().out
+    model = saved_model(tmp_path / "model", 16)
+    common = ["--model", str(model), "--rounds", "3", "--device", "cpu", "--out", str(out)]
+    assert main(["bench", what, *common, *flags]) == 0
     record = json.loads(out.read_text())
-    assert json.loads(printed.splitlines()[-1]) == record and "in a large product" in printed
-    assert (record["benchmark"], record["batch"], record["height"]) == (what, 2, 16)
-    assert record["environment"]["command"] and all(row["milliseconds"] > 0 for row in record["steps"].values())
-    if what == "latency":
-        assert list(record["steps"]) == ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16"]
-        assert record["errors"]["ours, fp32"] < 1e-4 and record["errors"]["ours, bf16"] < 0.1
-        assert out.with_suffix(".png").is_file() and record["images"]["ours, bf16"]["steps"] == 100
-        # both branches and both halves of every convolution are cheaper than the release's
-        assert record["steps"]["ours, fp32"]["gflops"] < record["steps"]["release, fp32"]["gflops"]
-    else:
-        assert list(record["steps"]) == ["plain eager", "ours"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
+    assert (record["benchmark"], record["height"]) == (what, 16) and record["environment"]["command"]
+    assert out.with_suffix(".png").is_file()
+    return record
+
+
+def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record = run("latency", tmp_path, capsys, "--batch", "2", "--heads")
+    steps = record["steps"]
+    ours = ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16"]
+    assert list(steps) == [*ours, "head coordinate_mlp", "head attention", "head mlp", "DiT-only"]
+    assert record["errors"]["ours, fp32"] < 1e-4 and record["errors"]["ours, bf16"] < 0.1
+    assert record["images"]["ours, bf16"]["steps"] == 100
+    # both branches and both halves of every convolution are cheaper than the release's
+    assert steps["ours, fp32"]["gflops"] < steps["release, fp32"]["gflops"]
+    assert steps["DiT-only"]["gflops"] < steps["ours, bf16"]["gflops"]
+    assert steps["DiT-only"]["parameters"] < steps["ours, bf16"]["parameters"]
+    rate = 2 / 100 / steps["ours, bf16"]["milliseconds"] * 1e3
+    assert steps["ours, bf16"]["images_per_second"] == pytest.approx(rate)
+
+
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record = run("training", tmp_path, capsys, "--heads")
+    assert list(record["steps"])[:2] == ["plain eager", "ours"] and "DiT-only" in record["steps"]
+    assert {f"{name} / ours" for name in record["steps"] if name != "ours"} == set(record["ratios"])
+
+
+def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record = run("throughput", tmp_path, capsys, "--batches", "1", "3")
+    steps = record["steps"]
+    for doing in ("sampling", "training"):
+        assert [count for count, _ in record["series"][doing]] == [1, 3]
+    assert steps["sampling, 3"]["gflops"] == pytest.approx(3 * steps["sampling, 1"]["gflops"])
+    assert steps["training, 1"]["gflops"] > steps["sampling, 1"]["gflops"]
+
+
+def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record = run("memory", tmp_path, capsys, "--batches", "1", "256")
+    per_image = record["per_image"]
+    assert 0 < per_image["sampling"] < per_image["training"]
+    peaks = {name: row["mebibytes"] for name, row in record["steps"].items()}
+    assert peaks["training, 1"] < peaks["training, 256"]
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    record = run("scaling", tmp_path, capsys, "--processes", "1", "2")
+    one, two = record["steps"]["1"], record["steps"]["2"]
+    assert one["efficiency"] == 1
+    assert two["efficiency"] == pytest.approx(two["images_per_second"] / one["images_per_second"] / 2)
+    assert two["images_per_second"] == pytest.approx(2 / two["milliseconds"] * 1e3)
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -64,7 +64,7 @@ def small_flags(arguments: list[str], inception: Path) -> list[str]:
             more += ["--allow-resolution-mismatch", "--no-cache"]
         return [*more, "--inception-weights", str(inception)]
     if command == "bench":
-        return ["--model", "MODEL", "--rounds", "3", "--batch", "1"]
+        return ["--model", "MODEL", "--rounds", "3", "--batch", "1", "--batches", "1", "--processes", "1"]
     return ["--steps", "2"] if command == "demo" else []
 
 

@@ -22,6 +22,7 @@ from diffusers import (
 )
 from diffusers.callbacks import PipelineCallback
 from rich.console import Console
+from torch._dynamo.testing import CompileCounter
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import OBJECTIVES, SOLVERS, follow_scheduler, set_times, time_grid
@@ -194,12 +195,39 @@ def test_half_precision_keeps_the_state_in_full(model_folder: Path) -> None:
     assert torch.equal(moved, a)
 
 
+def test_half_precision_makes_the_same_images(model_folder: Path) -> None:
+    settings = {"class_labels": [0, 1, 2, 0] * 4, "seeds": range(16), "output_type": "pt"}
+    full, half = (
+        DiPPipeline.from_pretrained(model_folder, torch_dtype=dtype)(**settings).images
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert -10 * (full - half).square().mean().log10() > 40  # dB of PSNR
+    assert full.std() > 0.1
+
+
 def test_repeated_blocks_compile_to_the_same_images(pipeline: DiPPipeline) -> None:
     torch.compiler.reset()
     settings = {"num_inference_steps": 3, "output_type": "latent", "guidance_scale": 1.0}
     plain = pipeline("ant", **settings).images
     pipeline.model.compile_repeated_blocks(fullgraph=True)
     torch.testing.assert_close(pipeline("ant", **settings).images, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_sizes_and_intervals_do_not_compile_again(pipeline: DiPPipeline) -> None:
+    torch.compiler.reset()
+    compiled = CompileCounter()
+    pipeline.model.compile_repeated_blocks(fullgraph=True, backend=compiled)
+
+    def graphs_after(images: int, **settings) -> int:
+        pipeline(["ant", "bee"] * images, num_inference_steps=4, **settings)
+        return compiled.frame_count
+
+    first = graphs_after(1), graphs_after(2)
+    assert first[-1] == 2  # one for the first size, one for all others
+    for images in (1, 3, 4):
+        for interval in ((0.1, 1.0), (0.0, 1.0), (0.3, 0.6)):
+            for scale in (1.0, 1.5, 4.0):
+                assert graphs_after(images, guidance_interval=interval, guidance_scale=scale) == 2
 
 
 @pytest.mark.parametrize(

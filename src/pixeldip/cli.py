@@ -268,28 +268,37 @@ def export(arguments: list[str]) -> int:
 
 @dataclass
 class BenchArguments:
-    """Measure speed on this device: a table, and one line of JSON. Contenders take turns; only ratios mean much."""
+    """Measure speed and memory on this device: a table, and one line of JSON. Only ratios within a run mean much."""
 
-    what: tyro.conf.Positional[Literal["latency", "training"]]
-    """latency: one guided step, against the release's way of working. training: one step with AdamW and EMA."""
+    what: tyro.conf.Positional[Literal["latency", "throughput", "training", "memory", "scaling"]]
+    """latency: one guided step, against the release's way of working. training: one step with AdamW and EMA, likewise.
+    throughput: images per second of both against the batch size. memory: of both, and for each image more. scaling:
+    training on a growing number of processes."""
     model: str = "dip-b/16"
     """A preset, with random weights; or a run folder, a saved model folder or a hub id."""
     height: Positive | None = None
     """By default 16 patches, or the training size."""
     width: Positive | None = None
     batch: Positive = 1
+    """latency, training: images in a step; scaling: in each process."""
+    batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8)
+    """throughput, memory."""
+    processes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
+    """scaling."""
     rounds: Annotated[int, Field(ge=3)] = 11
     compile: bool = False
-    """Also with torch.compile of the blocks."""
+    """With torch.compile of the blocks; latency and training: also."""
+    heads: bool = False
+    """latency, training: also each other head, and DiT-only, as in Table 2."""
     latent: bool = False
     """latency: also DiT-XL/2 with its VAE, random weights, in 250 steps as in Table 1."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     out: Path | None = None
-    """File for the JSON line; a plot of the latency goes beside it."""
+    """File for the JSON line; a plot goes beside it."""
 
 
 def bench(arguments: list[str]) -> int:
-    """Measure speed: sampling and training steps against the release's way, and against the device's limit."""
+    """Measure speed and memory: against the release's way, other heads, and the device's limit."""
     parsed = tyro.cli(BenchArguments, prog="pixeldip bench", args=arguments)
     check_flags(parsed)
     from .bench import bench_command

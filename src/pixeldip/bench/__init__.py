@@ -1,6 +1,7 @@
-"""Benchmarks: a table for people, one JSON line for programs."""
+"""Benchmarks: a table for people, one JSON line for programs, a plot for both."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,22 @@ from ..run_folder import check_writable
 from ..sampling import load_pipeline
 from ..training.pretrained import network_config
 from .latency import bench_latency
-from .plot import plot_images
+from .memory import bench_memory
+from .plot import plot
+from .scaling import bench_scaling
+from .throughput import bench_throughput
 from .training import bench_training
+
+COLUMNS = {
+    "parameters": ("M parameters", lambda value: f"{value / 1e6:.1f}"),
+    "milliseconds": ("ms", "{:.1f}".format),
+    "spread": ("±", "{:.1f}".format),
+    "gflops": ("GFLOP", "{:.0f}".format),
+    "share_of_limit": ("of the limit", "{:.0%}".format),
+    "images_per_second": ("images/s", "{:.3g}".format),
+    "efficiency": ("efficiency", "{:.0%}".format),
+    "mebibytes": ("MiB", "{:.0f}".format),
+}
 
 
 def bench_command(arguments: Any) -> None:
@@ -31,14 +46,10 @@ def bench_command(arguments: Any) -> None:
     if arguments.out:
         check_writable(arguments.out)
     torch.manual_seed(0)
-    what = f"{model.num_parameters() / 1e6:.1f} M parameters, {arguments.batch} images of {size[0]}x{size[1]}"
+    what = f"{model.num_parameters() / 1e6:.1f} M parameters, images of {size[0]}x{size[1]}"
     console.print(f"{arguments.what}: {arguments.model}, {what}, {device.type}", highlight=False)
-    with console.status("taking turns"):
-        common = (model, size, arguments.batch, arguments.rounds, arguments.compile, device)
-        if arguments.what == "latency":
-            result = bench_latency(*common, arguments.latent)
-        else:
-            result = bench_training(*common, choose_precision("auto", device))
+    with console.status("measuring"):
+        result, asked = _measure(arguments, model, size, device)
     for line in _table(result):
         console.print(line)
     record = {
@@ -46,8 +57,7 @@ def bench_command(arguments: Any) -> None:
         "model": {"name": arguments.model, **network_config(model.config)},
         "height": size[0],
         "width": size[1],
-        "batch": arguments.batch,
-        "rounds": arguments.rounds,
+        **asked,
         **result,
         "environment": environment(Processes(0, 1, device)),
     }
@@ -55,8 +65,29 @@ def bench_command(arguments: Any) -> None:
     print(line)
     if arguments.out:
         arguments.out.write_text(line + "\n", encoding="utf-8")
-        if "images" in result:
-            plot_images(record, arguments.out.with_suffix(".png"))
+        plot(record, arguments.out.with_suffix(".png"))
+
+
+def _measure(
+    arguments: Any, model: DiP, size: tuple[int, int], device: torch.device
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The benchmark's result, and those of the arguments that it went by."""
+    what, batch, rounds, compiled = arguments.what, arguments.batch, arguments.rounds, arguments.compile
+    batches, processes = sorted(set(arguments.batches)), sorted(set(arguments.processes))
+    precision = choose_precision("auto", device)
+    if what == "latency":
+        result = bench_latency(model, size, batch, rounds, compiled, device, arguments.heads, arguments.latent)
+        return result, {"batch": batch, "rounds": rounds}
+    if what == "training":
+        result = bench_training(model, size, batch, rounds, compiled, device, precision, arguments.heads)
+        return result, {"batch": batch, "rounds": rounds}
+    if what == "throughput":
+        result = bench_throughput(model, size, batches, rounds, compiled, device, precision)
+        return result, {"batches": batches, "rounds": rounds, "compiled": compiled}
+    if what == "memory":
+        return bench_memory(model, size, batches, device, precision), {"batches": batches}
+    result = bench_scaling(model, size, batch, processes, rounds, device, precision)
+    return result, {"batch": batch, "processes": processes, "rounds": rounds}
 
 
 def _model(arguments: Any) -> tuple[DiP, tuple[int, int]]:
@@ -75,18 +106,19 @@ def _model(arguments: Any) -> tuple[DiP, tuple[int, int]]:
     return model, (arguments.height or height, arguments.width or width)
 
 
-def _table(result: dict[str, Any]) -> list[Any]:
-    table = Table("", "ms", "±", "GFLOP", "of the limit", *(["images/s"] if "images_per_second" in str(result) else []))
-    for name, row in result["steps"].items():
-        cells = [name, f"{row['milliseconds']:.1f}", f"{row['spread']:.1f}", f"{row['gflops']:.0f}"]
-        cells.append(f"{row['share_of_limit']:.0%}")
-        table.add_row(*cells, *([f"{row['images_per_second']:.2f}"] if "images_per_second" in row else []))
-    whole = [
-        f"a batch in {row['steps']} steps, {name}: {row['seconds']:.1f} s"
-        for name, row in result.get("images", {}).items()
-    ]
-    ratios = [f"{name}: {value:.2f}x" for name, value in result["ratios"].items()]
-    ceilings = [
-        f"{name}: {values['gflops']:.0f} GFLOP/s in a large product" for name, values in result["ceilings"].items()
-    ]
-    return [table, *whole, *ratios, *ceilings]
+def _table(result: Mapping[str, Any]) -> list[Any]:
+    rows = result["steps"]
+    columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
+    table = Table("", *(COLUMNS[column][0] for column in columns))
+    for name, row in rows.items():
+        table.add_row(name, *(COLUMNS[column][1](row[column]) for column in columns))
+    lines: list[Any] = [table]
+    for name, row in result.get("images", {}).items():
+        lines.append(f"a batch in {row['steps']} steps, {name}: {row['seconds']:.1f} s")
+    for name, mebibytes in result.get("per_image", {}).items():
+        lines.append(f"{name}: {mebibytes:.1f} MiB for each image more")
+    for name, value in result.get("ratios", {}).items():
+        lines.append(f"{name}: {value:.2f}x")
+    for name, values in result.get("ceilings", {}).items():
+        lines.append(f"{name}: {values['gflops']:.0f} GFLOP/s in a large product")
+    return lines

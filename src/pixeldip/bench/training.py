@@ -1,6 +1,7 @@
 """The time of one training step, against plain eager code of the release's kind."""
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 
 from ..flow import interpolate
 from ..model import DiP
-from ..processes import autocast, precision_name
+from ..processes import autocast
 from ..training.ema import EMA
 from ..training.loss import training_loss
+from .contenders import Contender, compare
+from .heads import other_heads
+from .latency import noise_and_labels
 from .release import ReleaseDiP, has_releases_form
-from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns
+from .timing import Step
 
 LR, EMA_DECAY = 1e-4, 0.9999
 
@@ -26,60 +30,62 @@ def bench_training(
     compiled: bool,
     device: torch.device,
     precision: torch.dtype,
+    heads: bool,
 ) -> dict[str, Any]:
     """Forward and backward pass, AdamW and EMA of `batch` images, with all labels at hand.
 
+    Args:
+        compiled: also with compiled blocks.
+        heads: also each other head, and no head.
+
     Returns:
-        "steps": milliseconds, images/s, FLOPs and the share of the ceiling by name; "ratios"; "ceilings".
+        "steps" and "ceilings" as `compare` makes them; "ratios" within rounds.
     """
-    x = torch.randn(batch, model.config.in_channels, *size, device=device)
-    y = torch.zeros(batch, dtype=torch.long, device=device)
+    x, y = noise_and_labels(model, size, batch, device)
     model = model.to(device)
-    steps: dict[str, Step] = {}
+    contenders = {}
     if has_releases_form(model):
-        steps["plain eager"] = _plain_step(ReleaseDiP(model).to(device), x, y, precision)
-    steps["ours"] = _our_step(copy.deepcopy(model), x, y, precision)
+        plain = _plain_step(ReleaseDiP(model).to(device), x, y, precision)
+        contenders["plain eager"] = Contender(plain, batch, precision, model.num_parameters())
+    trainer = TrainingStep(copy.deepcopy(model), precision)
+    contenders["ours"] = eager = trainer.contender(x, y)
     if compiled:
         network = copy.deepcopy(model)
         network.compile_repeated_blocks(dynamic=False)
-        steps["ours, compiled"] = _our_step(network, x, y, precision)
-    seconds = take_turns(steps, rounds, device)
-    ceiling = Ceilings.measure(device, precision)
-    counted = {name: count_flops(step) for name, step in steps.items() if name != "ours, compiled"}
-    rows = {}
-    for name in steps:
-        times, flops = Times.of(seconds[name]), counted.get(name, counted["ours"])
-        rows[name] = {
-            "milliseconds": 1e3 * times.median,
-            "spread": 1e3 * times.spread,
-            "images_per_second": batch / times.median,
-            "gflops": flops / 1e9,
-            "share_of_limit": flops / ceiling.flops / times.median,
-        }
-    fastest = min(rows, key=lambda name: rows[name]["milliseconds"])
-    return {
-        "steps": rows,
-        "ratios": {f"{name} / {fastest}": ratio(seconds, name, fastest) for name in steps if name != fastest},
-        "ceilings": {precision_name(precision): {"gflops": ceiling.flops / 1e9}},
-    }
+        contenders["ours, compiled"] = TrainingStep(network, precision).contender(x, y, counted=eager.step)
+    if heads:
+        for name, other in other_heads(model).items():
+            contenders[name] = TrainingStep(other.to(device), precision).contender(x, y)
+    comparison = compare(contenders, rounds, device)
+    return {**comparison.record(), "ratios": comparison.ratios()}
 
 
-def _our_step(model: DiP, x: Tensor, y: Tensor, precision: torch.dtype) -> Step:
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-    ema, count = EMA(model, EMA_DECAY), iter(range(10**9))
+class TrainingStep:
+    """A model's optimizer and average, and a step of them: step(x, y).
 
-    def step() -> None:
+    Args:
+        parallel: what is called in the model's place, for instance its DistributedDataParallel.
+    """
+
+    def __init__(self, model: DiP, precision: torch.dtype, parallel: nn.Module | None = None):
+        self.model, self.precision, self.parallel = model.train(), precision, parallel or model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=model.device.type in ("cpu", "cuda"))
+        self.ema, self.steps = EMA(model, EMA_DECAY), 0
+
+    def __call__(self, x: Tensor, y: Tensor) -> None:
         noise, t = torch.randn_like(x), torch.rand(len(x), device=x.device)
-        with autocast(x.device, precision):
-            losses = training_loss(model, model.objective, None, x, y, noise, t)
+        with autocast(x.device, self.precision):
+            losses = training_loss(self.parallel, self.model.objective, None, x, y, noise, t)
         losses["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(model, next(count))
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model, self.steps)
+        self.steps += 1
 
-    return step
+    def contender(self, x: Tensor, y: Tensor, counted: Step | None = None) -> Contender:
+        step = functools.partial(self, x, y)
+        return Contender(step, len(x), self.precision, self.model.num_parameters(), counted)
 
 
 def _plain_step(network: ReleaseDiP, x: Tensor, y: Tensor, precision: torch.dtype) -> Step:

@@ -1,0 +1,15 @@
+"""The other heads on the same backbone: the contenders of Table 2."""
+
+from ..model import DiP
+from ..model.heads import HEADS
+from ..training.pretrained import network_config
+
+
+def other_heads(model: DiP) -> dict[str, DiP]:
+    """By name, the model with each other head after its last block, of that head's own default size, and DiT-only."""
+    sizes = {**network_config(model.config), "head_width": None, "head_depth": None, "placement": "post"}
+    return {
+        "DiT-only" if head == "linear" else f"head {head}": DiP(**{**sizes, "head": head})
+        for head in HEADS
+        if head != model.config.head
+    }

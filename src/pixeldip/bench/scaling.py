@@ -1,0 +1,93 @@
+"""Training steps on a growing number of processes of this machine."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UserError
+from ..model import DiP
+from ..processes import start_processes, stop_processes
+from ..training.pretrained import network_config
+from .latency import noise_and_labels
+from .timing import Times, take_turns
+from .training import TrainingStep
+
+
+def bench_scaling(
+    model: DiP,
+    size: tuple[int, int],
+    batch: int,
+    processes: Sequence[int],
+    rounds: int,
+    device: torch.device,
+    precision: torch.dtype,
+) -> dict[str, Any]:
+    """DistributedDataParallel with `batch` images in each process, for each number of processes.
+
+    On a CPU the processes of every row have the same number of threads: as many as the largest row can give to each.
+
+    Returns:
+        "steps": milliseconds, images/s and efficiency, the rate over that of as many of the first row's processes, by
+        number of processes; "series": [processes, images/s] pairs.
+
+    Raises:
+        UserError: if there are not as many GPUs, or a process fails.
+    """
+    if device.type == "cuda" and max(processes) > torch.cuda.device_count():
+        raise UserError(f"--processes {max(processes)}: torch sees {torch.cuda.device_count()} GPUs here")
+    threads = max(1, (os.cpu_count() or 1) // max(processes))
+    arguments = (network_config(model.config), size, batch, rounds, device.type, precision, threads)
+    rows: dict[str, dict[str, float]] = {}
+    for count in processes:
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id="bench",
+            start_method="spawn",
+            max_restarts=0,
+        )
+        try:
+            times = Times.of(elastic_launch(launch, _train)(*arguments)[0])
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            raise UserError(f"bench scaling: with {count} processes: {failure.get_error_message()}") from error
+        rows[str(count)] = {
+            "milliseconds": 1e3 * times.median,
+            "spread": 1e3 * times.spread,
+            "images_per_second": count * batch / times.median,
+        }
+    first = min(processes)
+    for name, row in rows.items():
+        row["efficiency"] = row["images_per_second"] * first / rows[str(first)]["images_per_second"] / int(name)
+    series = {"training": [[count, rows[str(count)]["images_per_second"]] for count in processes]}
+    return {"steps": rows, "threads": threads, "series": series}
+
+
+def _train(
+    config: Mapping[str, Any],
+    size: tuple[int, int],
+    batch: int,
+    rounds: int,
+    device: str,
+    precision: torch.dtype,
+    threads: int,
+) -> list[float]:
+    """Seconds of each step in this process."""
+    torch.set_num_threads(threads)
+    processes = start_processes(device)
+    try:
+        model = DiP(**config).to(processes.device)
+        parallel = DistributedDataParallel(model) if processes.world_size > 1 else model
+        step = TrainingStep(model, precision, parallel)
+        x, y = noise_and_labels(model, size, batch, processes.device)
+        return take_turns({"step": lambda: step(x, y)}, rounds, processes.device)["step"]
+    finally:
+        stop_processes()
