@@ -1,5 +1,6 @@
 """Images for training: sources, transforms and an order that is a pure function."""
 
+from .fingerprint import changes, fingerprint
 from .loader import Batch, TrainingImages, batches, check_broken, report_broken
 from .npz import NpzFile, NpzImages, NpzWriter
 from .order import EpochOrder, PositionSampler
@@ -18,8 +19,10 @@ __all__ = [
     "TrainingImages",
     "batches",
     "centre_crop",
+    "changes",
     "check_broken",
     "decode",
+    "fingerprint",
     "open_source",
     "report_broken",
 ]

@@ -141,6 +141,7 @@ def batches(images: TrainingImages, sampler: PositionSampler, pin_memory: bool) 
         batch_sampler=sampler,
         collate_fn=_collate,
         num_workers=workers,
+        timeout=images.section.timeout if workers else 0,
         pin_memory=pin_memory,
         multiprocessing_context="spawn" if workers else None,
         # workers draw nothing at random; a generator of its own keeps the loader off the global one

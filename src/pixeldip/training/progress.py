@@ -1,7 +1,10 @@
 """What a run says while it goes on: the terminal, metrics.jsonl, and trackers where installed."""
 
+import contextlib
 import importlib
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from ..evaluation import Evaluation
 from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
-from ..terminal import clock
+from ..terminal import clock, warn
 
 # Dense bf16 matrix throughput of the makers' data sheets, FLOP/s, for model FLOPs utilisation
 PEAK_FLOPS = {
@@ -53,7 +56,8 @@ class Progress:
         self.started = time.perf_counter()
         self.paused = 0.0
         self.trackers = [_TRACKERS[name](run, recipe) for name in recipe.logging.trackers]
-        self._metrics = (run / METRICS).open("a", encoding="utf-8")
+        self._metrics = (run / METRICS).open("a+b")
+        self._end_half_a_line()
         self._status = console.status("starting") if console.is_terminal else None
         self._window = (self.started, first_step)
 
@@ -62,9 +66,12 @@ class Progress:
             self._status.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._status:
             self._status.stop()
+        if kind:
+            with contextlib.suppress(OSError):  # of a disk that is full; the error itself goes on
+                self.event("failed", why=(str(error) or kind.__name__).splitlines()[0])
         self._metrics.close()
         for tracker in self.trackers:
             tracker.close()
@@ -113,13 +120,32 @@ class Progress:
         values = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
         self.console.print(f"step {step}: {values}", highlight=False, soft_wrap=True)
 
+    def divergence(self, steps: list[dict[str, Any]]) -> None:
+        """Records the steps that were left out because they diverged."""
+        for step in steps:
+            self.event("divergence", **step)
+            left_out = f"step {step['step']} diverged and was left out: loss {step['loss']:.4g}, gradient norm "
+            warn(self.console, f"{left_out}{step['gradient_norm']:.4g}")
+
     def pause(self, seconds: float) -> None:
         """Time since the last logged step that was not training (a preview, a checkpoint)."""
         self.paused += seconds
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(entry) + "\n")
+        self._metrics.write((json.dumps(_named(entry)) + "\n").encode())
         self._metrics.flush()
+
+    def _end_half_a_line(self) -> None:
+        """What a run was writing when it was killed must not swallow the next line."""
+        if self._metrics.seek(0, os.SEEK_END):
+            self._metrics.seek(-1, os.SEEK_END)
+            if self._metrics.read(1) != b"\n":
+                self._metrics.write(b"\n")
+
+
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON has no spelling for, as "nan" and "inf"."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 class _TensorBoard:
