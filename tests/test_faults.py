@@ -19,14 +19,14 @@ from pixeldip.processes import Processes
 from pixeldip.recipe import Recipe, parse_recipe, recipe_values
 from pixeldip.run_folder import checkpoints, read_events, read_metrics
 from pixeldip.training import train, trainer
-from pixeldip.training.checkpoint import save_checkpoint
+from pixeldip.training.checkpoint import Checkpoints
 from pixeldip.training.divergence import spreading
 from pixeldip.training.ema import EMA
 from pixeldip.training.failures import explained
 from pixeldip.training.preparation import build_model
 from pixeldip.training.run_lock import only_run
 
-from .conftest import make_picture, tiny_recipe
+from .conftest import make_picture, saved_state, tiny_recipe
 from .test_training import assert_same_state
 
 QUIET = Console(quiet=True)
@@ -61,7 +61,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
-@pytest.mark.parametrize("file", ["training.pt", "pipeline/model/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("file", ["state/state.safetensors", "pipeline/model/diffusion_pytorch_model.safetensors"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     damage: Callable[[Path], None], file: str, trained: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
 def test_without_a_sound_checkpoint_nothing_is_touched(trained: Recipe) -> None:
     run = Path(trained.out)
     for folder in checkpoints(run):
-        flip_a_bit(folder / "training.pt")
+        flip_a_bit(folder / "state" / "state.safetensors")
     trained.training.steps = 8
     with pytest.raises(UserError, match=r"no checkpoint to go on from \(step-00000006 is damaged.*step-00000003"):
         train(trained, QUIET)
@@ -161,7 +161,7 @@ def bad_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "training.pt", weights_only=True)["model"]
+    return {name: value for name, value in saved_state(folder).items() if name.startswith("network.")}
 
 
 def test_a_step_that_diverges_stops_the_run_and_never_reaches_the_weights(
@@ -188,8 +188,8 @@ def test_a_step_that_diverges_is_skipped(tmp_path: Path, picture_folder: Path, b
     assert all(torch.equal(third[name], fourth[name]) for name in third)
     assert all(value.isfinite().all() for value in last.values())
     assert any(not torch.equal(third[name], last[name]) for name in third)
-    optimizer = torch.load(folders[-1] / "training.pt", weights_only=True)["optimizer"]["state"]
-    assert {int(state["step"]) for state in optimizer.values()} == {5}
+    steps = {int(value) for name, value in saved_state(folders[-1]).items() if name.endswith(".step")}
+    assert steps == {5}
     assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == [1, 2, 3, 5, 6]
 
 
@@ -221,8 +221,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     ema, optimizer = EMA(model, 0.9), torch.optim.AdamW(model.parameters())
     with torch.no_grad():
         next(model.parameters()).flatten()[0] = math.nan
+    alone = Processes(0, 1, torch.device("cpu"))
+    saved = Checkpoints(tmp_path / "run", model, ema, optimizer, {"height": 16, "width": 16}, 2, alone)
     with pytest.raises(UserError, match="no longer finite, and were not saved"):
-        save_checkpoint(tmp_path / "run", 1, model, ema, optimizer, {"height": 16, "width": 16}, keep=2)
+        saved.save(1, ema.model)
     assert not checkpoints(tmp_path / "run")
 
 
@@ -231,7 +233,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(trai
     train(straight, QUIET)
     trained.training.steps = 12
     run, limits = Path(trained.out), resource.getrlimit(resource.RLIMIT_FSIZE)
-    largest = max(path.stat().st_size for path in run.rglob("*.pt"))
+    largest = max(path.stat().st_size for path in run.rglob("*.safetensors"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, limits[1]))
     try:
         with pytest.raises(

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from pixeldip import DiPPipeline, __version__
 from pixeldip.recipe import parse_recipe, save_recipe
@@ -57,10 +58,7 @@ def reached(run: Path) -> int:
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(newest_checkpoint(run) / TRAINING_STATE, weights_only=True)
-    found = {f"model.{name}": value for name, value in state["model"].items()}
-    for index, values in state["optimizer"]["state"].items():
-        found |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    found = load_file(newest_checkpoint(run) / TRAINING_STATE / "state.safetensors")
     ema = DiPPipeline.from_pretrained(str(run)).model.state_dict()
     return found | {f"ema.{name}": value for name, value in ema.items()}
 

@@ -150,6 +150,8 @@ class TrainingSection:
     """auto: bf16 where the device computes in it, else fp32."""
     compile: bool = False
     gradient_checkpointing: bool = False
+    shard: bool = False
+    """Split weights, gradients, optimizer and average over the processes (FSDP2), for models that fit no device."""
     seed: NonNegative = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     log_every: Positive = 20

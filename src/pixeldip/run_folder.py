@@ -5,7 +5,7 @@ environment.json          versions, device and command of the first start
 data.json                 number, classes and fingerprint of the training images
 start.json                what was kept of a pretrained model, if there was one
 metrics.jsonl             a line per logged step, and one per event: start, evaluation, divergence, interrupted, failed
-checkpoints/step-…/       training.pt (weights, optimizer, step), pipeline/ (EMA weights, as diffusers loads them),
+checkpoints/step-…/       state/ (weights, optimizer, step), pipeline/ (EMA weights, as diffusers loads them),
                           of a run that trains adapters lora/, and checksums.json
 checkpoints/damaged-…/    a checkpoint whose files differed from their checksums when the run was resumed
 previews/step-….png       sample grids of fixed seeds
@@ -31,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
 PIPELINE = "pipeline"
 NETWORK = "model"  # the network's folder in a pipeline's
-TRAINING_STATE = "training.pt"
+TRAINING_STATE = "state"
 CHECKSUMS = "checksums.json"
 LORA = "lora"
 

@@ -28,7 +28,7 @@ _MAY_CHANGE = {
     *("out", "preview", "evaluation", "logging"),
     *(f"data.{key}" for key in ("source", "workers", "timeout", "in_memory", "max_broken", "accept_changes")),
     *(f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device")),
-    *(f"training.{key}" for key in ("gradient_checkpointing", "gradient_accumulation")),
+    *(f"training.{key}" for key in ("gradient_checkpointing", "gradient_accumulation", "shard")),
     *(f"training.{key}" for key in ("on_divergence", "gradient_limit", "skip_limit")),
 }
 
@@ -60,6 +60,8 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
         raise UserError("model.lora_rank: adapters need a trained model; name it with model.pretrained")
     if recipe.model.lora_rank and recipe.alignment.weight:
         raise UserError("model.lora_rank and alignment.weight: adapters are trained without alignment; set it to 0")
+    if recipe.model.lora_rank and recipe.training.shard:
+        raise UserError("model.lora_rank and training.shard: adapters are small; train them without sharding")
     sizes = model_config(recipe.model, num_classes=1, trained=trained)
     check_size(*image_size(recipe.data), sizes["patch_size"])
     with torch.device("meta"):

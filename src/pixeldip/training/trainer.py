@@ -31,7 +31,7 @@ from ..recipe import Recipe
 from ..run_folder import NETWORK, PIPELINE
 from ..terminal import warn
 from .alignment import AlignedDiP, Alignment, load_alignment
-from .checkpoint import load_checkpoint, save_checkpoint, sound_checkpoint
+from .checkpoint import Checkpoints, load_checkpoint, sound_checkpoint
 from .divergence import Watch, check_divergence, spreading
 from .ema import EMA
 from .failures import explained
@@ -51,6 +51,7 @@ from .preview import save_preview
 from .progress import Progress, peak_flops, training_flops
 from .run_lock import only_run
 from .schedule import draw, learning_rate
+from .sharding import is_sharded, shard, whole_model, whole_tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +104,19 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     if recipe.model.lora_rank:
         with seeded_initialisation(training.seed, 2):
             add_adapters(model, recipe.model, train_classes=bool(start.classes_new))
-    model.to(processes.device)
     if training.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    ema = EMA(model, training.ema_decay)
-    network, projector, alignment = model, None, None
+    network, alignment = model, None
     if recipe.alignment.weight:
         alignment = load_alignment(recipe.alignment, model.config.patch_size, processes)
         with seeded_initialisation(training.seed, 1):
-            network = AlignedDiP(model, recipe.alignment, alignment.width).to(processes.device)
-        projector = network.projector
+            network = AlignedDiP(model, recipe.alignment, alignment.width)
+    ema = EMA(model, training.ema_decay)
+    for part in (network, ema.model):
+        if training.shard and processes.world_size > 1:
+            shard(part, processes)
+        else:
+            part.to(processes.device)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in network.parameters() if parameter.requires_grad],
         lr=recipe.optimizer.lr,
@@ -120,7 +124,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         weight_decay=recipe.optimizer.weight_decay,
         fused=processes.device.type in ("cpu", "cuda"),
     )
-    first_step = load_checkpoint(checkpoint, model, ema, optimizer, projector) if checkpoint else 0
+    first_step = load_checkpoint(checkpoint, network, ema, optimizer) if checkpoint else 0
     if first_step >= training.steps:
         console.print(f"{run}: all {first_step} steps are done; raise --training.steps to go on", soft_wrap=True)
         return Outcome(run, first_step)
@@ -162,13 +166,14 @@ def _loop(
     first_step = started["step"]
     training, device, source = recipe.training, processes.device, images.source
     precision = choose_precision(training.precision, device)
-    projector = network.projector if alignment else None
+    sharded = is_sharded(network)
     parallel: nn.Module = torch.compile(network) if training.compile else network
-    if processes.world_size > 1:
+    if processes.world_size > 1 and not sharded:
         parallel = DistributedDataParallel(parallel)
     height, width = images.size
     flops = training_flops(model, height, width) if peak_flops(device) else None
     pipeline = {"height": height, "width": width, "class_names": list(source.class_names)}
+    saved = Checkpoints(run, network, ema, optimizer, pipeline, training.keep_last, processes)
     sampler = PositionSampler(
         training.batch_size,
         first_step,
@@ -196,7 +201,9 @@ def _loop(
                 broken |= batch.broken
                 check_broken(broken, source, recipe.data)
                 last = part == training.gradient_accumulation - 1
-                with contextlib.nullcontext() if last or processes.world_size == 1 else parallel.no_sync():
+                if sharded:
+                    network.set_requires_gradient_sync(last)
+                with contextlib.nullcontext() if last or processes.world_size == 1 or sharded else parallel.no_sync():
                     x = from_uint8(batch.images.to(device, non_blocking=True))
                     y, noise, t = draw(recipe.flow, model.objective, batch, x, model.config.num_classes, training.seed)
                     with autocast(device, precision):
@@ -204,7 +211,7 @@ def _loop(
                     (spreading(losses["loss"]) / training.gradient_accumulation).backward()
                 watch.part(losses)
             norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.gradient_clip or math.inf)
-            watch.step(step, optimizer, norm)
+            watch.step(step, optimizer, whole_tensor(norm))
             optimizer.zero_grad()
             ema.update(model, step)
 
@@ -219,25 +226,30 @@ def _loop(
                 check_divergence(training, diverged)
             if logs and (means := watch.means()) and progress:
                 progress.step(done, flops, **means, lr=optimizer.param_groups[0]["lr"])
+            previews = recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps)
+            evaluates = metrics and not stops and (done % recipe.evaluation.every == 0 or done == training.steps)
             began = time.perf_counter()
-            if progress:
-                if saves or stops:
-                    save_checkpoint(run, done, model, ema, optimizer, pipeline, training.keep_last, projector)
-                if recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps):
-                    with autocast(device, precision):
-                        save_preview(run, done, ema.model, pipeline, recipe.preview)
-            if metrics and not stops and (done % recipe.evaluation.every == 0 or done == training.steps):
-                evaluation = metrics.measure(ema.model, pipeline)
+            if saves or stops or previews or evaluates:
+                averaged = whole_model(ema.model)
+            if saves or stops:
+                saved.save(done, averaged)
+            if previews and progress:
+                with autocast(device, precision):
+                    save_preview(run, done, averaged, pipeline, recipe.preview)
+            if evaluates:
+                evaluation = metrics.measure(averaged, pipeline)
                 if progress:
                     progress.evaluation(done, evaluation)
             if progress:
                 progress.pause(time.perf_counter() - began)
             if stops:
+                saved.wait()
                 if progress:
                     progress.event("interrupted", step=done, signal=next(iter(caught), signal.SIGTERM))
                 processes.barrier()
                 console.print(f"stopped after step {done}; the same command goes on from there", soft_wrap=True)
                 return Outcome(run, done, next(iter(caught), signal.SIGTERM))
+        saved.wait()
         processes.barrier()
     return Outcome(run, training.steps)
 
