@@ -1,6 +1,7 @@
 """Checkpoints that are either complete or not there."""
 
 import copy
+import errno
 import math
 import os
 import shutil
@@ -102,7 +103,7 @@ def _write(
 
 def _reason(error: Exception, run: Path) -> str:
     if shutil.disk_usage(run).free < _FULL:
-        return "no space left on the disk"
+        return os.strerror(errno.ENOSPC)
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
