@@ -1,10 +1,14 @@
-"""What a run meets on machines that fail: damage, a second run, other images, divergence, full disks, no memory."""
+"""What a run meets on machines that fail: damage, a second run, other images, divergence, full disks, killed ranks."""
 
 import json
 import math
 import os
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from pixeldip import UserError
 from pixeldip.data import fingerprint, open_source
 from pixeldip.processes import Processes
-from pixeldip.recipe import Recipe, parse_recipe, recipe_values
+from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import checkpoints, read_events, read_metrics
 from pixeldip.training import train, trainer
 from pixeldip.training.checkpoint import Checkpoints
@@ -35,8 +39,7 @@ CPU = Processes(0, 1, torch.device("cpu"))
 
 def copied(recipe: Recipe, out: Path, steps: int) -> Recipe:
     """The same run, further on and in another folder, with the checkpoints it has."""
-    if Path(recipe.out).exists():
-        shutil.copytree(recipe.out, out)
+    shutil.copytree(recipe.out, out)
     again = parse_recipe({**recipe_values(recipe), "out": str(out)})
     again.training.steps = steps
     return again
@@ -70,9 +73,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     damage(tmp_path / "hurt" / "checkpoints" / "step-00000006" / file)
     train(hurt)
     assert_same_state(tmp_path / "straight", tmp_path / "hurt")
-    assert f"warning: step-00000006 is damaged: {Path(file).name}" in capsys.readouterr().out.replace(
-        "pipeline/model/", ""
-    )
+    assert f"warning: step-00000006 is damaged: {file}" in capsys.readouterr().out
     assert (tmp_path / "hurt" / "checkpoints" / "damaged-step-00000006").is_dir()
     start = read_events(tmp_path / "hurt", "start")[-1]
     assert start["resumed_from"] == "step-00000003" and file.split("/")[-1] in start["damaged"][0]
@@ -285,3 +286,38 @@ def test_a_data_worker_that_is_killed_is_named(tmp_path: Path) -> None:
     loader = DataLoader(Dying(), num_workers=1, multiprocessing_context="fork")
     with pytest.raises(UserError, match="a process that reads images died"), explained(tiny_recipe(tmp_path, "x"), CPU):
         next(iter(loader))
+
+
+def test_a_killed_process_ends_the_others_and_a_restart_carries_on(tmp_path: Path, picture_folder: Path) -> None:
+    alone = tiny_recipe(tmp_path / "one", picture_folder, training={"steps": 60})
+    train(alone, QUIET)
+    recipe = parse_recipe({**recipe_values(alone), "out": str(tmp_path / "two")})
+    save_recipe(recipe, tmp_path / "two.yaml")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "--max-restarts",
+        "1",
+    ]
+    launch += ["-m", "pixeldip.cli", "train", str(tmp_path / "two.yaml")]
+    process = subprocess.Popen(
+        launch,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not checkpoints(tmp_path / "two") and process.poll() is None:
+        time.sleep(0.005)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    starts = read_events(tmp_path / "two", "start")
+    assert len(starts) == 2 and starts[1]["resumed_from"] and starts[1]["processes"] == 2
+    losses = [[entry["loss"] for entry in read_metrics(tmp_path / run)] for run in ("one", "two")]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=0)

@@ -1,7 +1,7 @@
 """Images for training: sources, transforms and an order that is a pure function."""
 
 from .fingerprint import changes, fingerprint
-from .loader import Batch, TrainingImages, batches, check_broken, report_broken
+from .loader import Batch, Batches, TrainingImages, check_broken, report_broken
 from .npz import NpzFile, NpzImages, NpzWriter
 from .order import EpochOrder, PositionSampler
 from .sources import Source, open_source
@@ -9,6 +9,7 @@ from .transforms import BrokenImage, centre_crop, decode
 
 __all__ = [
     "Batch",
+    "Batches",
     "BrokenImage",
     "EpochOrder",
     "NpzFile",
@@ -17,7 +18,6 @@ __all__ = [
     "PositionSampler",
     "Source",
     "TrainingImages",
-    "batches",
     "centre_crop",
     "changes",
     "check_broken",

@@ -1,6 +1,7 @@
 """Checkpoints that are either complete or not there."""
 
 import copy
+import errno
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -155,7 +156,7 @@ class Checkpoints:
 
 def _reason(error: Exception, run: Path) -> str:
     if shutil.disk_usage(run).free < _FULL:
-        return "no space left on the disk"
+        return os.strerror(errno.ENOSPC)
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 

@@ -24,7 +24,8 @@ def damage(folder: Path) -> str | None:
     except (ValueError, AttributeError):
         return f"{CHECKSUMS} cannot be read"
     except OSError as error:
-        return f"{Path(error.filename or folder).name}: {error.strerror or error}"
+        path = Path(error.filename or folder)
+        return f"{path.relative_to(folder).as_posix()}: {error.strerror or error}"
     return None
 
 

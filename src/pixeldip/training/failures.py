@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import multiprocessing
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,7 @@ _STORAGE = {
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTCONN", "ETIMEDOUT")
     if hasattr(errno, name)
 }
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process", "NCCL")
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @contextlib.contextmanager
@@ -39,6 +40,8 @@ def _explanation(error: Exception, recipe: Recipe, processes: Processes) -> str 
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return f"{error.filename or recipe.out}: {error.strerror}; put it right, and {RESUME}"
     if "DataLoader" in text and "timed out" in text:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # asked to end, one that hangs would not
         return (
             f"no batch came within data.timeout = {recipe.data.timeout} s: is {recipe.data.source} still reachable? "
             f"{RESUME.capitalize()}; raise data.timeout, or data.workers, for slow storage"

@@ -30,6 +30,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
 }
 
+SLOW_IMAGES = 0.1  # of the time, waited for images, from which on the log says so
+
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak bf16 FLOP/s of a CUDA device, or None where we do not know it."""
@@ -55,6 +57,7 @@ class Progress:
         self.recipe, self.console, self.processes = recipe, console, processes
         self.started = time.perf_counter()
         self.paused = 0.0
+        self._waited = 0.0
         self.trackers = [_TRACKERS[name](run, recipe) for name in recipe.logging.trackers]
         self._metrics = (run / METRICS).open("a+b")
         self._end_half_a_line()
@@ -80,22 +83,31 @@ class Progress:
         """A line of metrics.jsonl that is not a logged step."""
         self._write({"event": name, "time": round(time.time(), 3), **values})
 
-    def step(self, step: int, flops_per_image: int | None, **values: float) -> None:
-        """Logs the step count reached and its metrics; adds speed, time left, memory and utilisation."""
+    def step(self, step: int, flops_per_image: int | None, waited: float, **values: float) -> None:
+        """Logs the step count reached and its metrics; adds speed, time left, memory and utilisation.
+
+        Args:
+            waited: seconds for which the main process has waited for images since the start.
+        """
         now = time.perf_counter()
         (then, last), self._window = self._window, (now, step)
         batch_size = self.recipe.training.batch_size
-        rate = batch_size * (step - last) / max(now - then - self.paused, 1e-9)
+        training = max(now - then - self.paused, 1e-9)
+        rate = batch_size * (step - last) / training
         self.paused = 0.0
+        waiting, self._waited = (waited - self._waited) / training, waited
         left = (self.recipe.training.steps - step) * batch_size / rate
         entry: dict[str, float] = {
             "step": step,
             **values,
             "images_per_second": round(rate, 2),
+            "waiting_for_images": round(waiting, 3),
             "seconds": round(now - self.started, 2),
         }
         line = f"step {step}/{self.recipe.training.steps}  loss {values['loss']:.4f}"
         line += f"  {rate:.0f} images/s  {clock(left)} left"
+        if waiting > SLOW_IMAGES:
+            line += f"  waiting for images {waiting:.0%}"
         device = self.processes.device
         if device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)

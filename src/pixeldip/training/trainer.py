@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..data import (
+    Batches,
     EpochOrder,
     PositionSampler,
     TrainingImages,
-    batches,
     check_broken,
     open_source,
     report_broken,
@@ -182,7 +182,7 @@ def _loop(
         processes.rank,
         processes.world_size,
     )
-    stream = batches(images, sampler, pin_memory=device.type == "cuda")
+    stream = Batches(images, sampler, pin_memory=device.type == "cuda")
     broken = dict(images.broken)
     watch = Watch(training, EpochOrder(len(source), training.seed), processes)
     network.train()
@@ -225,7 +225,7 @@ def _loop(
                     progress.divergence(diverged)
                 check_divergence(training, diverged)
             if logs and (means := watch.means()) and progress:
-                progress.step(done, flops, **means, lr=optimizer.param_groups[0]["lr"])
+                progress.step(done, flops, stream.waited, **means, lr=optimizer.param_groups[0]["lr"])
             previews = recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps)
             evaluates = metrics and not stops and (done % recipe.evaluation.every == 0 or done == training.steps)
             began = time.perf_counter()
