@@ -8,6 +8,7 @@ rounds, and the ratios are against the recipe as it is, within each round.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import resource
 import statistics
@@ -17,25 +18,38 @@ from contextlib import nullcontext
 import torch
 
 from pixeldip import DiP, __version__
+from pixeldip.data import EpochOrder
+from pixeldip.processes import Processes
 from pixeldip.recipe import image_size, load_recipe
+from pixeldip.training.divergence import Watch, spreading
 from pixeldip.training.loss import training_loss
 from pixeldip.training.preparation import model_config
 
 
-def step_function(recipe, precision: torch.dtype, **changes):
+def step_function(recipe, precision: torch.dtype, watched: bool = True, **changes):
     section = dataclasses.replace(recipe.model, **changes)
     model = DiP(**model_config(section, num_classes=10))
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
     height, width = image_size(recipe.data)
     x = torch.randn(recipe.training.batch_size, 3, height, width)
     y = torch.arange(len(x)) % 10
+    watch = Watch(recipe.training, EpochOrder(len(x), 0), Processes(0, 1, torch.device("cpu")))
+    count = itertools.count()
 
     def step() -> None:
         with torch.autocast("cpu", precision) if precision != torch.float32 else nullcontext():
             losses = training_loss(model, model.objective, None, x, y, torch.randn_like(x), torch.rand(len(x)))
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        (spreading(losses["loss"]) if watched else losses["loss"]).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if watched:
+            number = next(count)
+            watch.part(losses)
+            watch.step(number, optimizer, norm)
+            if number % recipe.training.log_every == 0:
+                watch.look()
+                watch.means()
+        else:
+            optimizer.step()
         optimizer.zero_grad()
 
     return step
@@ -50,6 +64,7 @@ def main() -> None:
     steps = {
         "bf16": step_function(recipe, torch.bfloat16),
         "fp32": step_function(recipe, torch.float32),
+        "bf16, unwatched": step_function(recipe, torch.bfloat16, watched=False),
         "bf16, DiT-only": step_function(recipe, torch.bfloat16, head="linear", head_width=None),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}

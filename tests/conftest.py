@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from pixeldip import DiP, DiPPipeline
 from pixeldip.recipe import Recipe, parse_recipe
@@ -83,6 +84,11 @@ def tiny_recipe(out: Path, source: Path | str, **sections: dict) -> Recipe:
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return parse_recipe(values)
+
+
+def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights, optimizer state and step of a checkpoint that is not sharded, by name."""
+    return load_file(checkpoint / "state" / "state.safetensors")
 
 
 def opened_up(model: DiP, seed: int = 0) -> DiP:

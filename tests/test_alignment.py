@@ -23,7 +23,7 @@ from pixeldip.training.checkpoint import load_checkpoint
 from pixeldip.training.ema import EMA
 from pixeldip.training.loss import training_loss
 
-from .conftest import TINY_MODEL, opened_up, tiny_recipe
+from .conftest import TINY_MODEL, opened_up, saved_state, tiny_recipe
 
 transformers = pytest.importorskip("transformers")
 
@@ -188,10 +188,7 @@ def test_alignment_changes_no_random_number_of_the_flow(tmp_path: Path, picture_
 
 
 def everything_saved(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(checkpoint / "training.pt", weights_only=True)
-    tensors = {f"{part}.{name}": value for part in ("model", "projector") for name, value in state[part].items()}
-    for index, values in state["optimizer"]["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+    tensors = saved_state(checkpoint)
     ema = DiPPipeline.from_pretrained(str(checkpoint / "pipeline")).model.state_dict()
     return tensors | {f"ema.{name}": value for name, value in ema.items()}
 
@@ -211,9 +208,9 @@ def test_resumed_it_ends_bit_for_bit_the_same(tmp_path: Path, picture_folder: Pa
     assert len(losses[0]) == 6 and losses[0] == losses[1]
     # the projector and its part of the optimizer's state are in there, and move
     half = everything_saved(checkpoints(tmp_path / "straight")[0])
-    projector = [name for name in straight if name.startswith("projector.")]
+    projector = [name for name in straight if name.startswith("network.projector.")]
     assert len(projector) == 6 and not any(torch.equal(half[name], straight[name]) for name in projector)
-    parameters = sum(name.startswith("model.") for name in straight) + 6
+    parameters = sum(name.startswith("network.model.") for name in straight) + 6
     assert sum(name.endswith(".exp_avg") for name in straight) == parameters
 
 
@@ -224,23 +221,23 @@ def test_the_encoder_is_in_no_file(tmp_path: Path, picture_folder: Path, encoder
     names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (ours, plain)]
     assert names[0] == names[1]
     contents = b"".join(path.read_bytes() for path in ours.rglob("*") if path.is_file())
-    saved = torch.load(ours / "training.pt", weights_only=True)
-    assert all(tensor.numpy().tobytes() in contents for tensor in saved["projector"].values())  # the search finds
+    projector = [tensor for name, tensor in saved_state(ours).items() if name.startswith("network.projector.")]
+    assert projector and all(tensor.numpy().tobytes() in contents for tensor in projector)  # the search finds
     for name, tensor in load(encoder).encoder.state_dict().items():
         if tensor.dim() > 1 and tensor.any():
             assert tensor.numpy().tobytes() not in contents, name
     models = [DiPPipeline.from_pretrained(str(folder / "pipeline")).model for folder in (ours, plain)]
-    assert models[0].state_dict().keys() == models[1].state_dict().keys() == saved["model"].keys()
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
 
 
 def test_a_checkpoint_without_a_projector_is_named(tmp_path: Path, encoder: Path, picture_folder: Path) -> None:
     train(tiny_recipe(tmp_path / "run", picture_folder), QUIET)
     with pytest.raises(UserError, match=r"alignment.weight = 0.0, and this one asks for 0.5"):
         train(aligned_recipe(tmp_path / "run", picture_folder, encoder, optimizer={}), QUIET)
-    model, projector = DiP(**TINY_MODEL, num_classes=2), aligned_model(encoder)[1].projector
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(UserError, match=r"cannot resume from this checkpoint .*projector"):
-        load_checkpoint(newest_checkpoint(tmp_path / "run"), model, EMA(model, 0.9), optimizer, projector)
+    network = aligned_model(encoder)[1]
+    optimizer = torch.optim.AdamW(network.parameters())
+    with pytest.raises(UserError, match=r"cannot resume from this checkpoint \(it is of another network"):
+        load_checkpoint(newest_checkpoint(tmp_path / "run"), network, EMA(network.model, 0.9), optimizer)
 
 
 def test_compiled_it_trains_the_same(
@@ -263,9 +260,8 @@ def test_compiled_it_trains_the_same(
         assert [e[key] for e in ours] == pytest.approx([e[key] for e in plain], rel=1e-4), key
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     (network,) = compiled
-    saved = torch.load(newest_checkpoint(tmp_path / "compiled") / "training.pt", weights_only=True)
-    names = {f"{part}.{name}" for part in ("model", "projector") for name in saved[part]}
-    assert set(network.state_dict()) == names
+    saved = saved_state(newest_checkpoint(tmp_path / "compiled"))
+    assert {f"network.{name}" for name in network.state_dict()} == {n for n in saved if n.startswith("network.")}
 
 
 def test_two_processes_train_as_one(tmp_path: Path, picture_folder: Path, encoder: Path) -> None:

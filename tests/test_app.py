@@ -285,7 +285,7 @@ def test_contexts_are_compared_on_the_path_that_is_sampled(placement: str) -> No
 def test_a_run_as_its_folder_shows_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "checkpoints" / "step-00000500").mkdir(parents=True)
-    (run / "checkpoints" / "step-00000500" / "training.pt").write_bytes(bytes(2**21))
+    (run / "checkpoints" / "step-00000500" / "state.safetensors").write_bytes(bytes(2**21))
     save_recipe(tiny_recipe(run, "emoji", training={"steps": 1000, "batch_size": 4}), run / RECIPE)
     lines = [{"step": i, "loss": 1 / i, "images_per_second": 8.0} for i in range(1, 901)]
     events = [{"event": "evaluation", "step": 500, "metrics": {"kid_efficientnet": 0.25}, "floors": {}}]

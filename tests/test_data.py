@@ -13,11 +13,11 @@ from rich.console import Console
 
 from pixeldip import UserError
 from pixeldip.data import (
+    Batches,
     BrokenImage,
     EpochOrder,
     PositionSampler,
     TrainingImages,
-    batches,
     centre_crop,
     decode,
     open_source,
@@ -208,7 +208,7 @@ def test_broken_files_are_named_and_replaced(damaged_folder: Path, in_memory: bo
     if in_memory:
         images.load_into_memory(QUIET)
     broken: dict[int, str] = {}
-    for batch in batches(images, PositionSampler(4, 0, 4, 1, 0, 1), pin_memory=False):
+    for batch in Batches(images, PositionSampler(4, 0, 4, 1, 0, 1), pin_memory=False):
         assert batch.images.shape == (4, 3, 16, 16) and batch.images.dtype == torch.uint8
         broken |= batch.broken
     assert sorted(Path(why.split(": ")[0]).name for why in broken.values()) == [
@@ -249,5 +249,5 @@ def test_too_many_broken_files_stop_the_run(damaged_folder: Path, in_memory: boo
 def test_worker_processes_give_the_same_batches(picture_folder: Path) -> None:
     alone, helped = (folder_images(picture_folder, flip=True, workers=w, in_memory=False) for w in (0, 1))
     sampler = PositionSampler(4, 2, 5, 1, 0, 1)
-    for a, b in zip(batches(alone, sampler, False), batches(helped, sampler, False), strict=True):
+    for a, b in zip(Batches(alone, sampler, False), Batches(helped, sampler, False), strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.positions == b.positions

@@ -189,8 +189,22 @@ def start_processes(device_name: str) -> Processes:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # the main process may hash or compute for long while the others wait; torchrun ends them all if one dies
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=_fresh_store(), rank=rank, world_size=world_size, timeout=timedelta(hours=12)
+    )
     return Processes(rank, world_size, device)
+
+
+def _fresh_store() -> dist.Store:
+    """Where the processes find each other, apart from what those before a restart by torchrun left in its store.
+
+    The machines of several count their restarts apart, so there torchrun must open another store for each start.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+    return dist.PrefixStore(f"start {start}", store)
 
 
 def stop_processes() -> None:

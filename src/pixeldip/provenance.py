@@ -2,6 +2,8 @@
 
 import platform
 import shlex
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,28 @@ def environment(processes: Processes) -> dict[str, Any]:
         "processes": processes.world_size,
         "threads": torch.get_num_threads(),
     }
+
+
+def restart(processes: Processes) -> dict[str, Any]:
+    """What may differ between two starts of one run: code, machine, command."""
+    values = environment(processes)
+    kept = ("command", "pixeldip", "python", "torch", "device", "processes")
+    return {**{name: values[name] for name in kept}, "commit": commit(), "host": socket.gethostname()}
+
+
+def commit() -> str | None:
+    """The git commit of this package's code, "-dirty" if it was changed since; None outside of its checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True, timeout=30)
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # an environment inside somebody else's checkout is not ours
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def made_by() -> dict[str, str]:

@@ -83,6 +83,10 @@ class DataSection:
     """Keep the cropped images in memory; None: if they take at most 1 GiB."""
     workers: NonNegative = 4
     """Processes that decode images (none are started when the images are in memory)."""
+    timeout: Positive = 600
+    """Seconds such a process may take over a batch before the run stops."""
+    accept_changes: bool = False
+    """Resume although images were added, lost or renamed since the run began."""
 
 
 @_section
@@ -146,12 +150,20 @@ class TrainingSection:
     """auto: bf16 where the device computes in it, else fp32."""
     compile: bool = False
     gradient_checkpointing: bool = False
+    shard: bool = False
+    """Split weights, gradients, optimizer and average over the processes (FSDP2), for models that fit no device."""
     seed: NonNegative = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     log_every: Positive = 20
     save_every: Positive = 1000
     keep_last: Positive = 2
-    """Checkpoints kept; older ones are deleted after a newer one is complete."""
+    """Checkpoints kept; older ones are deleted after a newer one is complete. With 1, damage to it ends the run."""
+    on_divergence: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite: the step is left out, and the run stops, or goes on."""
+    gradient_limit: Annotated[float, Field(gt=0)] | None = None
+    """A gradient norm above this counts as divergence too, before clipping."""
+    skip_limit: Positive = 10
+    """Consecutive steps left out that stop a run all the same."""
 
 
 @_section

@@ -2,17 +2,20 @@
 
 recipe.yaml               the resolved recipe
 environment.json          versions, device and command of the first start
+data.json                 number, classes and fingerprint of the training images
 start.json                what was kept of a pretrained model, if there was one
-metrics.jsonl             a line per logged step, and one per start
-checkpoints/step-…/       training.pt (weights, optimizer, step), pipeline/ (EMA weights, as diffusers loads them)
-                          and, of a run that trains adapters, lora/
+metrics.jsonl             a line per logged step, and one per event: start, evaluation, divergence, interrupted, failed
+checkpoints/step-…/       state/ (weights, optimizer, step), pipeline/ (EMA weights, as diffusers loads them),
+                          of a run that trains adapters lora/, and checksums.json
+checkpoints/damaged-…/    a checkpoint whose files differed from their checksums when the run was resumed
 previews/step-….png       sample grids of fixed seeds
+.lock                     held by the process that is training here
 """
 
 import contextlib
 import errno
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,15 @@ from .errors import UserError
 RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 START = "start.json"
+DATA = "data.json"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
 PIPELINE = "pipeline"
 NETWORK = "model"  # the network's folder in a pipeline's
-TRAINING_STATE = "training.pt"
+TRAINING_STATE = "state"
+CHECKSUMS = "checksums.json"
 LORA = "lora"
 
 
@@ -67,13 +73,18 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run in order; where a step was run again after a resume, its last line counts."""
-    return _by_step(entry for entry in _lines(run) if "loss" in entry)
+    """The logged steps of a run in order; steps that a resume went back behind count as it ran them again."""
+    return _by_step(run, lambda entry: "event" not in entry)
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """The evaluations of a run in order, each with its step, metrics and floors."""
-    return _by_step(entry for entry in _lines(run) if entry.get("event") == "evaluation")
+    return _by_step(run, lambda entry: entry.get("event") == "evaluation")
+
+
+def read_events(run: Path, name: str) -> list[dict[str, Any]]:
+    """The events of a kind as they happened, for instance each "start" of the run."""
+    return [entry for entry in _lines(run) if entry.get("event") == name]
 
 
 def preview_files(run: Path) -> list[Path]:
@@ -86,8 +97,13 @@ def newest_preview(run: Path) -> Path | None:
     return next(reversed(preview_files(run)), None)
 
 
-def _by_step(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_step = {entry["step"]: entry for entry in entries}
+def _by_step(run: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    by_step: dict[int, dict[str, Any]] = {}
+    for entry in _lines(run):
+        if entry.get("event") == "start":
+            by_step = {step: old for step, old in by_step.items() if step <= entry["step"]}
+        elif wanted(entry):
+            by_step[entry["step"]] = entry
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -57,10 +57,13 @@ def load_pipeline(model: str, device: torch.device, precision: torch.dtype = tor
     """The pipeline of a run folder, a saved folder or a hub id, on a device, with weights of a precision.
 
     Raises:
-        UserError: if there is no model of that name.
+        UserError: if there is no model of that name, or it cannot be had from the hub.
     """
     diffusers_logging.disable_progress_bar()  # of loading one component
-    pipeline = DiPPipeline.from_pretrained(model).to(device)
+    try:
+        pipeline = DiPPipeline.from_pretrained(model).to(device)
+    except OSError as error:  # of the hub's client, whose message says what is not cached
+        raise UserError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from error
     if precision != pipeline.dtype:
         pipeline.model.type(precision)  # which, unlike diffusers' to, says nothing about modules to keep in float32
     pipeline.set_progress_bar_config(disable=True)  # commands show their own

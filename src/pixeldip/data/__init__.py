@@ -1,6 +1,7 @@
 """Images for training: sources, transforms and an order that is a pure function."""
 
-from .loader import Batch, TrainingImages, batches, check_broken, report_broken
+from .fingerprint import changes, fingerprint
+from .loader import Batch, Batches, TrainingImages, check_broken, report_broken
 from .npz import NpzFile, NpzImages, NpzWriter
 from .order import EpochOrder, PositionSampler
 from .sources import Source, open_source
@@ -8,6 +9,7 @@ from .transforms import BrokenImage, centre_crop, decode
 
 __all__ = [
     "Batch",
+    "Batches",
     "BrokenImage",
     "EpochOrder",
     "NpzFile",
@@ -16,10 +18,11 @@ __all__ = [
     "PositionSampler",
     "Source",
     "TrainingImages",
-    "batches",
     "centre_crop",
+    "changes",
     "check_broken",
     "decode",
+    "fingerprint",
     "open_source",
     "report_broken",
 ]

@@ -1,5 +1,6 @@
 """Batches of a run: decoded, cropped, in an order that depends on (seed, position) alone."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,17 +134,28 @@ def _collate(items: list[tuple[np.ndarray, int, int, dict[int, str]]]) -> Batch:
     )
 
 
-def batches(images: TrainingImages, sampler: PositionSampler, pin_memory: bool) -> Iterator[Batch]:
+class Batches(Iterator[Batch]):
     """The batches of one process, decoded ahead by worker processes unless they are in memory already."""
-    workers = 0 if images._memory is not None else images.section.workers
-    loader = DataLoader(
-        images,
-        batch_sampler=sampler,
-        collate_fn=_collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        multiprocessing_context="spawn" if workers else None,
-        # workers draw nothing at random; a generator of its own keeps the loader off the global one
-        generator=torch.Generator().manual_seed(0),
-    )
-    return iter(loader)
+
+    def __init__(self, images: TrainingImages, sampler: PositionSampler, pin_memory: bool):
+        workers = 0 if images._memory is not None else images.section.workers
+        loader = DataLoader(
+            images,
+            batch_sampler=sampler,
+            collate_fn=_collate,
+            num_workers=workers,
+            timeout=images.section.timeout if workers else 0,
+            pin_memory=pin_memory,
+            multiprocessing_context="spawn" if workers else None,
+            # workers draw nothing at random; a generator of its own keeps the loader off the global one
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._batches = iter(loader)
+        self.waited = 0.0
+        """Seconds spent waiting for a batch so far."""
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - began
+        return batch

@@ -1,86 +1,209 @@
 """Checkpoints that are either complete or not there."""
 
 import copy
+import errno
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.nn.utils import get_total_norm
 
 from ..errors import UserError
 from ..model import DiP
 from ..pipeline import DiPPipeline
+from ..processes import Processes
 from ..run_folder import CHECKPOINTS, LORA, NETWORK, PIPELINE, TRAINING_STATE, checkpoints, step_name
+from .checksums import damage, write_checksums
 from .ema import EMA
+from .failures import RESUME
+from .sharding import is_sharded, whole_tensor
+from .state import first_failure, read_state, training_state, write_state
+
+_PARTIAL = "partial-"
+_FULL = 2**20  # bytes free on a disk that is as good as full
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    pipeline: dict[str, Any],
-    keep: int,
-    projector: nn.Module | None = None,
-) -> Path:
-    """Writes the checkpoint of a step, then deletes all but the newest `keep`.
+class Checkpoints:
+    """Saves the checkpoints of a run. All processes call its methods.
 
-    It is written under another name, flushed to disk and renamed, so that a run killed here keeps
-    its earlier checkpoints and never sees half of this one.
+    A checkpoint is written under another name, flushed to disk and renamed, so that a run killed here keeps its
+    earlier checkpoints and never sees half of this one. Parts of a sharded run are copied at once and written while
+    the training goes on.
+
+    Args:
+        network: what is trained; its optimizer's state is saved with it.
+        pipeline: what `DiPPipeline` is given beside the averaged model.
+        keep: how many checkpoints are kept; older ones are deleted when a newer one is complete.
     """
-    folder = run / CHECKPOINTS / step_name(step)
-    partial = folder.with_name(f"partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    sampled = ema.model
-    if getattr(ema.model, "peft_config", None):
-        state["ema"] = ema.model.state_dict()
-        DiPPipeline(ema.model, **pipeline).save_lora_weights(partial / LORA)
-        sampled = merged(ema.model)
-    DiPPipeline(sampled, **pipeline).save_pretrained(partial / PIPELINE, model_card=False)
-    if projector is not None:
-        state["projector"] = projector.state_dict()
-    torch.save(state, partial / TRAINING_STATE)
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    if folder.exists():  # the same step again, after a resume with other settings
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
-    _flush(folder.parent)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+
+    def __init__(
+        self,
+        run: Path,
+        network: nn.Module,
+        ema: EMA,
+        optimizer: torch.optim.Optimizer,
+        pipeline: dict[str, Any],
+        keep: int,
+        processes: Processes,
+    ):
+        self.run, self.network, self.ema, self.optimizer = run, network, ema, optimizer
+        self.pipeline, self.keep, self.processes = pipeline, keep, processes
+        self._pending: Future | None = None
+        if is_sharded(network):
+            self._group = dist.new_group(backend="gloo")  # the training's own must not be used by two threads
+            self._completing = ThreadPoolExecutor(1)
+
+    def save(self, step: int, averaged: DiP) -> None:
+        """Saves after a step, with the whole averaged model.
+
+        Raises:
+            UserError: if the disk does not take it, or the weights are not finite; earlier checkpoints are left alone.
+        """
+        self.wait()
+        self._check_finite(step)
+        folder = self.run / CHECKPOINTS / step_name(step)
+        partial = folder.with_name(f"{_PARTIAL}{folder.name}")
+        if not is_sharded(self.network):
+            self.processes.on_main(lambda: self._guarded(folder, lambda: self._write_whole(partial, folder, step)))
+            return
+        self.processes.on_main(lambda: self._guarded(folder, lambda: self._write_pipeline(partial, averaged)))
+        writer = HuggingFaceStorageWriter(str(partial / TRAINING_STATE), save_distributed=True)
+        state = training_state(self.network, self.optimizer, step)
+        written = dcp.async_save(state, storage_writer=writer, process_group=self._group)
+        completed = self._completing.submit(self._complete_sharded, written, partial, folder)
+        self._pending = completed
+
+    def wait(self) -> None:
+        """Until what is being written is complete.
+
+        Raises:
+            UserError: in all processes, if it could not be.
+        """
+        if pending := self._pending:
+            self._pending = None
+            self.processes.together(pending.result)
+
+    def _check_finite(self, step: int) -> None:
+        for weights in (self.network, self.ema.model):
+            if not whole_tensor(get_total_norm(weights.state_dict().values())).isfinite():
+                raise UserError(
+                    f"step {step}: the weights are no longer finite, and were not saved; start anew in another folder "
+                    "with a lower optimizer.lr or training.precision fp32"
+                )
+
+    def _write_whole(self, partial: Path, folder: Path, step: int) -> None:
+        adapters = getattr(self.ema.model, "peft_config", None)
+        self._write_pipeline(partial, merged(self.ema.model) if adapters else self.ema.model)
+        if adapters:
+            DiPPipeline(self.ema.model, **self.pipeline).save_lora_weights(partial / LORA)
+        average = self.ema.model if adapters else None
+        write_state(partial / TRAINING_STATE, training_state(self.network, self.optimizer, step, average))
+        self._complete(partial, folder)
+
+    def _write_pipeline(self, partial: Path, averaged: DiP) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        DiPPipeline(averaged, **self.pipeline).save_pretrained(partial / PIPELINE, model_card=False)
+
+    def _complete_sharded(self, written: Future, partial: Path, folder: Path) -> None:
+        def complete() -> None:
+            try:
+                written.result()
+            except CheckpointException as error:
+                raise first_failure(error) from error
+            if self.processes.is_main:  # the first process is told last that all parts are written
+                self._complete(partial, folder)
+
+        self._guarded(folder, complete)
+
+    def _complete(self, partial: Path, folder: Path) -> None:
+        write_checksums(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        if folder.exists():  # the same step again, after a resume with other settings
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        _flush(folder.parent)
+        for old in checkpoints(self.run)[: -self.keep]:
+            old.rename(old.with_name(f"{_PARTIAL}{old.name}"))  # killed in between, half of it must not look whole
+        for leftover in folder.parent.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(leftover)
+
+    def _guarded(self, folder: Path, write: Any) -> None:
+        try:
+            write()
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, SafetensorError, RuntimeError) as error:  # of torch's writer, which does not say why
+            shutil.rmtree(folder.with_name(f"{_PARTIAL}{folder.name}"), ignore_errors=True)
+            raise UserError(
+                f"{folder}: could not be written ({_reason(error, self.run)}); earlier checkpoints are intact. Put it "
+                f"right, and {RESUME}"
+            ) from error
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, projector: nn.Module | None = None
-) -> int:
+def _reason(error: Exception, run: Path) -> str:
+    if shutil.disk_usage(run).free < _FULL:
+        return os.strerror(errno.ENOSPC)
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+
+
+def sound_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are what was written, and what is wrong with those newer than it.
+
+    Damaged ones are kept under another name, `damaged-step-…`.
+
+    Raises:
+        UserError: if there are checkpoints, but none is sound.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in reversed(checkpoints(run)):
+        if wrong := damage(folder):
+            damaged[folder] = f"{folder.name} is damaged: {wrong}"
+            continue
+        for other in damaged:
+            aside = other.with_name(f"damaged-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+        return folder, list(damaged.values())
+    if damaged:
+        raise UserError(
+            f"{run}: no checkpoint to go on from ({'; '.join(damaged.values())}); start anew in another folder, or "
+            f"delete {run / CHECKPOINTS}"
+        )
+    return None, []
+
+
+def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
     """Restores everything, strictly, and returns the step it was saved after.
 
     Raises:
         UserError: if the files are damaged or belong to another model.
     """
     try:
-        state = torch.load(folder / TRAINING_STATE, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"], strict=True)
-        if projector is not None:
-            projector.load_state_dict(state["projector"], strict=True)
-        optimizer.load_state_dict(state["optimizer"])
-        average = state.get("ema") or load_file(folder / PIPELINE / NETWORK / SAFETENSORS_WEIGHTS_NAME)
-        ema.model.load_state_dict(average, strict=True)
+        adapters = getattr(ema.model, "peft_config", None)
+        step = read_state(folder / TRAINING_STATE, network, optimizer, ema.model if adapters else None)
+        if not adapters:
+            average = load_file(folder / PIPELINE / NETWORK / SAFETENSORS_WEIGHTS_NAME)
+            set_model_state_dict(ema.model, average, options=StateDictOptions(full_state_dict=is_sharded(ema.model)))
     except Exception as error:  # the readers raise many kinds for damaged files
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{folder}: cannot resume from this checkpoint ({reason}); delete it to use an earlier one"
         ) from error
-    return state["step"]
+    return step
 
 
 def merged(model: DiP) -> DiP:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..data import Source
+from ..data import Source, changes, fingerprint
 from ..errors import UserError
 from ..flow import Stream, fold_seed
 from ..model import DiP, check_size
@@ -19,12 +19,17 @@ from ..model.presets import preset_config
 from ..processes import Processes, choose_precision
 from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
-from ..run_folder import ENVIRONMENT, RECIPE, START, newest_checkpoint
+from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint
 from .pretrained import Start
 
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
-_MAY_CHANGE = {"out", "preview", "evaluation", "logging", "data.workers", "data.in_memory", "data.max_broken"} | {
-    f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device", "gradient_checkpointing")
+# (what the images are is compared by their fingerprint, wherever they lie).
+_MAY_CHANGE = {
+    *("out", "preview", "evaluation", "logging"),
+    *(f"data.{key}" for key in ("source", "workers", "timeout", "in_memory", "max_broken", "accept_changes")),
+    *(f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device")),
+    *(f"training.{key}" for key in ("gradient_checkpointing", "gradient_accumulation", "shard")),
+    *(f"training.{key}" for key in ("on_divergence", "gradient_limit", "skip_limit")),
 }
 
 _NO_SIZES = {"pretrained", "lora_rank", "lora_alpha"}
@@ -55,6 +60,8 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
         raise UserError("model.lora_rank: adapters need a trained model; name it with model.pretrained")
     if recipe.model.lora_rank and recipe.alignment.weight:
         raise UserError("model.lora_rank and alignment.weight: adapters are trained without alignment; set it to 0")
+    if recipe.model.lora_rank and recipe.training.shard:
+        raise UserError("model.lora_rank and training.shard: adapters are small; train them without sharding")
     sizes = model_config(recipe.model, num_classes=1, trained=trained)
     check_size(*image_size(recipe.data), sizes["patch_size"])
     with torch.device("meta"):
@@ -113,6 +120,30 @@ def check_resume(run: Path, recipe: Recipe) -> None:
             )
 
 
+def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any], str]:
+    """The fingerprint of the images, and what changed in them since the run began, "" if nothing did.
+
+    Raises:
+        UserError: if that was not accepted, or other classes leave nothing to resume.
+    """
+    found = fingerprint(source)
+    if not newest_checkpoint(run) or not (run / DATA).is_file():
+        return found, ""
+    before = json.loads((run / DATA).read_text(encoding="utf-8"))
+    changed = changes(before, found)
+    if len(before["classes"]) != len(found["classes"]):
+        raise UserError(
+            f"data.source: {changed}; the model of {run} has {len(before['classes'])} classes. Start another run from "
+            f"it: --model.pretrained {run} --out FOLDER"
+        )
+    if changed and not accept:
+        raise UserError(
+            f"data.source: not the images that {run} began with: {changed}. Put them back, or go on with them as they "
+            "are: --data.accept-changes"
+        )
+    return found, changed
+
+
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -120,16 +151,22 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def prepare_run_folder(run: Path, recipe: Recipe, processes: Processes, start: Start | None) -> None:
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, run / RECIPE)
-    except OSError as error:
-        raise UserError(f"out {run}: cannot be written ({error.strerror})") from error
+def prepare_run_folder(
+    run: Path, recipe: Recipe, processes: Processes, start: Start | None, data: dict[str, Any]
+) -> None:
+    save_recipe(recipe, run / RECIPE)
+    _write_json(run / DATA, data)
     if start and not (run / START).exists():
-        (run / START).write_text(json.dumps(start.record(), indent=2) + "\n", encoding="utf-8")
+        _write_json(run / START, start.record())
     if not (run / ENVIRONMENT).exists():
-        (run / ENVIRONMENT).write_text(json.dumps(environment(processes), indent=2) + "\n", encoding="utf-8")
+        _write_json(run / ENVIRONMENT, environment(processes))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """In one step: a run killed here leaves no half of a file."""
+    written = path.with_name(f".{path.name}.partial")
+    written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    written.replace(path)
 
 
 def introduce(

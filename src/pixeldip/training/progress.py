@@ -1,7 +1,10 @@
 """What a run says while it goes on: the terminal, metrics.jsonl, and trackers where installed."""
 
+import contextlib
 import importlib
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from ..evaluation import Evaluation
 from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
-from ..terminal import clock
+from ..terminal import clock, warn
 
 # Dense bf16 matrix throughput of the makers' data sheets, FLOP/s, for model FLOPs utilisation
 PEAK_FLOPS = {
@@ -26,6 +29,8 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "RTX 4090": 165e12,
 }
+
+SLOW_IMAGES = 0.1  # of the time, waited for images, from which on the log says so
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -52,8 +57,10 @@ class Progress:
         self.recipe, self.console, self.processes = recipe, console, processes
         self.started = time.perf_counter()
         self.paused = 0.0
+        self._waited = 0.0
         self.trackers = [_TRACKERS[name](run, recipe) for name in recipe.logging.trackers]
-        self._metrics = (run / METRICS).open("a", encoding="utf-8")
+        self._metrics = (run / METRICS).open("a+b")
+        self._end_half_a_line()
         self._status = console.status("starting") if console.is_terminal else None
         self._window = (self.started, first_step)
 
@@ -62,9 +69,12 @@ class Progress:
             self._status.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._status:
             self._status.stop()
+        if kind:
+            with contextlib.suppress(OSError):  # of a disk that is full; the error itself goes on
+                self.event("failed", why=(str(error) or kind.__name__).splitlines()[0])
         self._metrics.close()
         for tracker in self.trackers:
             tracker.close()
@@ -73,22 +83,31 @@ class Progress:
         """A line of metrics.jsonl that is not a logged step."""
         self._write({"event": name, "time": round(time.time(), 3), **values})
 
-    def step(self, step: int, flops_per_image: int | None, **values: float) -> None:
-        """Logs the step count reached and its metrics; adds speed, time left, memory and utilisation."""
+    def step(self, step: int, flops_per_image: int | None, waited: float, **values: float) -> None:
+        """Logs the step count reached and its metrics; adds speed, time left, memory and utilisation.
+
+        Args:
+            waited: seconds for which the main process has waited for images since the start.
+        """
         now = time.perf_counter()
         (then, last), self._window = self._window, (now, step)
         batch_size = self.recipe.training.batch_size
-        rate = batch_size * (step - last) / max(now - then - self.paused, 1e-9)
+        training = max(now - then - self.paused, 1e-9)
+        rate = batch_size * (step - last) / training
         self.paused = 0.0
+        waiting, self._waited = (waited - self._waited) / training, waited
         left = (self.recipe.training.steps - step) * batch_size / rate
         entry: dict[str, float] = {
             "step": step,
             **values,
             "images_per_second": round(rate, 2),
+            "waiting_for_images": round(waiting, 3),
             "seconds": round(now - self.started, 2),
         }
         line = f"step {step}/{self.recipe.training.steps}  loss {values['loss']:.4f}"
         line += f"  {rate:.0f} images/s  {clock(left)} left"
+        if waiting > SLOW_IMAGES:
+            line += f"  waiting for images {waiting:.0%}"
         device = self.processes.device
         if device.type == "cuda":
             entry["memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
@@ -113,13 +132,32 @@ class Progress:
         values = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
         self.console.print(f"step {step}: {values}", highlight=False, soft_wrap=True)
 
+    def divergence(self, steps: list[dict[str, Any]]) -> None:
+        """Records the steps that were left out because they diverged."""
+        for step in steps:
+            self.event("divergence", **step)
+            left_out = f"step {step['step']} diverged and was left out: loss {step['loss']:.4g}, gradient norm "
+            warn(self.console, f"{left_out}{step['gradient_norm']:.4g}")
+
     def pause(self, seconds: float) -> None:
         """Time since the last logged step that was not training (a preview, a checkpoint)."""
         self.paused += seconds
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(entry) + "\n")
+        self._metrics.write((json.dumps(_named(entry)) + "\n").encode())
         self._metrics.flush()
+
+    def _end_half_a_line(self) -> None:
+        """What a run was writing when it was killed must not swallow the next line."""
+        if self._metrics.seek(0, os.SEEK_END):
+            self._metrics.seek(-1, os.SEEK_END)
+            if self._metrics.read(1) != b"\n":
+                self._metrics.write(b"\n")
+
+
+def _named(entry: dict[str, Any]) -> dict[str, Any]:
+    """Numbers that JSON has no spelling for, as "nan" and "inf"."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
 class _TensorBoard:

@@ -1,0 +1,115 @@
+"""Many processes compute what one does, however the model lies on them. Real processes, over gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from pixeldip import DiPPipeline, UserError
+from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
+from pixeldip.run_folder import newest_checkpoint, read_events, read_metrics
+from pixeldip.training import train
+from pixeldip.training.preparation import check_recipe
+
+from .conftest import make_picture, saved_state, tiny_recipe
+
+QUIET = Console(quiet=True)
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A finished run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for k, name in enumerate(("ant", "bee")):
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(6):
+            make_picture(10 * k + i).save(folder / "pictures" / name / f"{i}.png")
+    training = {"steps": STEPS, "batch_size": 8, "save_every": 4}
+    preview = {"every": STEPS, "images": 4, "steps": 2}
+    optimizer = {"schedule": "constant"}  # how long a run is to be must not matter before its end
+    recipe = tiny_recipe(folder / "run", folder / "pictures", training=training, preview=preview, optimizer=optimizer)
+    train(recipe, QUIET)
+    return recipe
+
+
+def launch(
+    recipe: Recipe, out: Path, processes: int, before: str = "true", **training: object
+) -> subprocess.CompletedProcess:
+    """The recipe in another folder, on several processes of a shell in which `before` was run."""
+    values = recipe_values(recipe)
+    changed = parse_recipe({**values, "out": str(out), "training": {**values["training"], **training}})
+    file = out.with_suffix(".yaml")
+    save_recipe(changed, file)
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m", "pixeldip.cli"]
+    command = ["bash", "-c", f'{before} && exec "$0" "$@"', sys.executable, "-m", *torchrun, "train", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True)
+
+
+def losses(run: str | Path) -> torch.Tensor:
+    return torch.tensor([[entry["loss"], entry["gradient_norm"]] for entry in read_metrics(Path(run))])
+
+
+def assert_as_alone(run: Path, alone: Recipe) -> None:
+    assert losses(run).shape == (STEPS, 2)
+    torch.testing.assert_close(losses(run), losses(alone.out), rtol=1e-5, atol=0)
+    ours, theirs = (DiPPipeline.from_pretrained(name).model.state_dict() for name in (run, alone.out))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_train_as_one(shard: bool, alone: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = launch(alone, run, 2, shard=shard, gradient_accumulation=2)
+    assert done.returncode == 0, done.stderr
+    assert_as_alone(run, alone)
+    assert len(list((run / "previews").iterdir())) == 1
+    checkpoint = newest_checkpoint(run)
+    parts = sorted((checkpoint / "state").iterdir())
+    assert len(parts) == (2 if shard else 1)
+    if not shard:
+        state = saved_state(newest_checkpoint(Path(alone.out)))
+        for name, value in saved_state(checkpoint).items():
+            torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-5, msg=name)
+    else:  # each holds its share: of equal parts, but for what cannot be cut evenly
+        sizes = [sum(value.numel() for value in load_file(part).values()) for part in parts]
+        assert max(sizes) < 0.6 * sum(sizes)
+
+
+def test_a_run_goes_on_with_other_processes(alone: Recipe, tmp_path: Path) -> None:
+    """Four sharded, then two sharded, then one, then two whole: as one all along."""
+    run, step = tmp_path / "run", 0
+    for processes, shard in ((4, True), (2, True), (1, False), (2, False)):
+        step += 2
+        done = launch(alone, run, processes, shard=shard, steps=step)
+        assert done.returncode == 0, done.stderr
+        assert read_events(run, "start")[-1]["step"] == step - 2
+    assert [start["processes"] for start in read_events(run, "start")] == [4, 2, 1, 2]
+    assert_as_alone(run, alone)
+
+
+def test_a_sharded_checkpoint_that_cannot_be_written(alone: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    weights = newest_checkpoint(Path(alone.out)) / "pipeline" / "model" / "diffusion_pytorch_model.safetensors"
+    # a part holds 3/2 of the weights, and is written while the training goes on
+    blocks = int(1.25 * weights.stat().st_size / 1024)
+    failed = launch(alone, run, 2, before=f"ulimit -f {blocks}", shard=True)
+    assert failed.returncode != 0
+    assert "could not be written (File too large); earlier checkpoints are intact" in failed.stderr
+    assert newest_checkpoint(run) is None
+    assert launch(alone, run, 2, shard=True).returncode == 0
+    assert_as_alone(run, alone)
+
+
+def test_adapters_are_not_sharded(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", "emoji", model={"lora_rank": 2, "pretrained": "x/y"})
+    recipe.training.shard = True
+    with pytest.raises(UserError, match="without sharding"):
+        check_recipe(recipe, 1, None)
