@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ from .progress import Progress, peak_flops, training_flops
 from .run_lock import only_run
 from .schedule import draw, learning_rate
 from .sharding import is_sharded, shard, whole_model, whole_tensor
+
+IMPATIENT_SECONDS = 3  # between two Ctrl-C, from which on the second one ends the run without saving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,12 +259,21 @@ def _loop(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them; the second one of a kind takes effect at once."""
-    caught: list[int] = []
+    """Collects SIGINT and SIGTERM instead of dying of them.
 
-    def note(number: int, _: object) -> None:
+    Terminals and schedulers send them to all processes of a run, and torchrun passes them on once more, so a repeated
+    one says nothing new; but SIGINT seconds later is a person who will not wait.
+    """
+    caught: list[int] = []
+    last = -math.inf
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        impatient = number in caught and number == signal.SIGINT and time.monotonic() - last > IMPATIENT_SECONDS
         caught.append(number)
-        signal.signal(number, previous[number])
+        last = time.monotonic()
+        if impatient:
+            signal.default_int_handler(number, frame)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
