@@ -46,7 +46,8 @@ def save_checkpoint(
         UserError: if the disk does not take it, or the weights are not finite; the earlier checkpoints are left alone.
     """
     for weights in (model, ema.model):
-        if not get_total_norm(weights.state_dict().values(), math.inf).isfinite():
+        floating = [value for value in weights.state_dict().values() if value.is_floating_point()]
+        if not get_total_norm(floating, math.inf).isfinite():
             raise UserError(
                 f"step {step}: the weights are no longer finite, and were not saved; start anew in another folder with "
                 "a lower optimizer.lr or training.precision fp32"
