@@ -105,10 +105,13 @@ def test_images_that_came_or_went_are_told_and_accepted_by_choice(
 ) -> None:
     trained.training.steps = 8
     make_picture(99).save(picture_folder / "bee" / "new.png")
-    with pytest.raises(UserError, match=r"1 images more \(12, now 13\), bee 6, now 7.*--data.accept-changes"):
+    with pytest.raises(UserError, match=r"1 image more \(12, now 13\), bee 6, now 7.*--data.accept-changes"):
         train(trained, QUIET)
     (picture_folder / "bee" / "new.png").unlink()
-    (picture_folder / "ant" / "0.png").rename(picture_folder / "ant" / "renamed.png")
+    picture = (picture_folder / "ant" / "0.png").rename(tmp_path / "gone.png")
+    with pytest.raises(UserError, match=r"1 image fewer \(12, now 11\), ant 6, now 5"):
+        train(trained, QUIET)
+    picture.rename(picture_folder / "ant" / "renamed.png")
     with pytest.raises(UserError, match="as many images, but other names, sizes or order"):
         train(trained, QUIET)
     trained.data.accept_changes = True

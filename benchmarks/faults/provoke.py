@@ -171,20 +171,44 @@ def rank_killed_restarts(scene: Scene) -> dict:
     return {**ended, "steps_lost": killed_at - newest}
 
 
-def data_worker_killed(scene: Scene, number: int = signal.SIGKILL, said: str = "that reads images died") -> dict:
-    settings = scene.recipe(data={"in_memory": False, "workers": 2, "timeout": 10}, training={"steps": 10**9})
+def data_worker_killed(scene: Scene) -> dict:
+    settings = scene.recipe(data={"in_memory": False, "workers": 2})
     process = scene.start(settings)
     scene.until_a_random_step(process)
-    victims = children(process.pid, "spawn_main")
-    for victim in victims if number == signal.SIGSTOP else victims[:1]:
-        os.kill(victim, number)
-    ended = scene.end(process, 2, said)
-    scene.goes_on(scene.recipe(data={"in_memory": False, "workers": 2}))
+    os.kill(scene.dice.choice(children(process.pid, "spawn_main")), signal.SIGKILL)
+    ended = scene.end(process, 2, "that reads images died")
+    scene.goes_on(settings)
     return ended
 
 
-def data_workers_hang(scene: Scene) -> dict:
-    return data_worker_killed(scene, signal.SIGSTOP, "no batch came within data.timeout = 10 s")
+def storage_hangs(scene: Scene) -> dict:
+    """Opening a file no longer comes back, as on a network file system whose server is gone."""
+    files = pictures(scene.folder / "pictures")
+    settings = scene.recipe(
+        data={"source": str(files[0].parent), "in_memory": False, "workers": 2, "timeout": 20, "flip": False},
+        training={"steps": 10**9},
+    )
+    process = scene.start(settings)
+    scene.until_a_random_step(process)
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+        os.mkfifo(file)
+    ended = scene.end(process, 2, "no batch came within data.timeout = 20 s", within=120)
+    for file, content in zip(files, contents, strict=True):
+        file.unlink()
+        file.write_bytes(content)
+    settings.training.steps = newest_step(scene.run) + 5
+    scene.end(scene.start(settings), 0, "resumed in")
+    return ended
+
+
+def pictures(folder: Path) -> list[Path]:
+    folder.mkdir()
+    files = [folder / f"{shade}.png" for shade in range(8)]
+    for shade, file in enumerate(files):
+        Image.new("RGB", (16, 16), (30 * shade, 0, 0)).save(file)
+    return files
 
 
 @contextlib.contextmanager
@@ -275,11 +299,9 @@ def hub_dataset_cached(scene: Scene) -> dict:
     """The images are in the cache of the datasets library, the hub is not there."""
     import datasets
 
-    pictures, cache = scene.folder / "pictures", scene.folder / "hub" / "datasets"
-    pictures.mkdir()
-    for shade in range(8):
-        Image.new("RGB", (16, 16), (30 * shade, 0, 0)).save(pictures / f"{shade}.png")
-    datasets.load_dataset("imagefolder", data_dir=str(pictures), cache_dir=str(cache))
+    cache = scene.folder / "hub" / "datasets"
+    folder = pictures(scene.folder / "pictures")[0].parent
+    datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(cache))
     (built,) = cache.glob("imagefolder/*/*/*/")
     cached = cache / "owner___name" / "default" / "0.0.0" / built.name
     cached.parent.mkdir(parents=True)
@@ -302,7 +324,7 @@ FAULTS: dict[str, Callable[[Scene], dict]] = {
         rank_killed,
         rank_killed_restarts,
         data_worker_killed,
-        data_workers_hang,
+        storage_hangs,
         disk_full,
         read_only,
         out_of_memory,

@@ -43,7 +43,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return ""
     found = []
     if more := now["images"] - before["images"]:
-        found.append(f"{abs(more)} images {'more' if more > 0 else 'fewer'} ({before['images']}, now {now['images']})")
+        images = "image" if abs(more) == 1 else "images"
+        which = "more" if more > 0 else "fewer"
+        found.append(f"{abs(more)} {images} {which} ({before['images']}, now {now['images']})")
     if gone := [name for name in before["classes"] if name not in now["classes"]]:
         found.append(f"without the classes {', '.join(gone[:5])}{' …' * (len(gone) > 5)}")
     if new := [name for name in now["classes"] if name not in before["classes"]]:

@@ -1,5 +1,6 @@
 """Batches of a run: decoded, cropped, in an order that depends on (seed, position) alone."""
 
+import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -150,12 +151,19 @@ class Batches(Iterator[Batch]):
             # workers draw nothing at random; a generator of its own keeps the loader off the global one
             generator=torch.Generator().manual_seed(0),
         )
+        others = set(multiprocessing.active_children())
         self._batches = iter(loader)
+        self._workers = set(multiprocessing.active_children()) - others
         self.waited = 0.0
         """Seconds spent waiting for a batch so far."""
 
     def __next__(self) -> Batch:
         began = time.perf_counter()
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except RuntimeError:  # a worker has died, or hangs: asked to end, it would not
+            for worker in self._workers:
+                worker.kill()
+            raise
         self.waited += time.perf_counter() - began
         return batch

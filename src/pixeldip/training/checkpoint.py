@@ -96,7 +96,8 @@ class Checkpoints:
 
     def _check_finite(self, step: int) -> None:
         for weights in (self.network, self.ema.model):
-            if not whole_tensor(get_total_norm(weights.state_dict().values())).isfinite():
+            floating = [value for value in weights.state_dict().values() if value.is_floating_point()]
+            if not whole_tensor(get_total_norm(floating)).isfinite():
                 raise UserError(
                     f"step {step}: the weights are no longer finite, and were not saved; start anew in another folder "
                     "with a lower optimizer.lr or training.precision fp32"

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import multiprocessing
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +13,7 @@ from ..recipe import Recipe, TrainingSection
 RESUME = "the same command goes on from the last checkpoint"
 _STORAGE = {
     getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTCONN", "ETIMEDOUT")
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTCONN")
     if hasattr(errno, name)
 }
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -40,13 +39,11 @@ def _explanation(error: Exception, recipe: Recipe, processes: Processes) -> str 
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return f"{error.filename or recipe.out}: {error.strerror}; put it right, and {RESUME}"
     if "DataLoader" in text and "timed out" in text:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # asked to end, one that hangs would not
         return (
             f"no batch came within data.timeout = {recipe.data.timeout} s: is {recipe.data.source} still reachable? "
             f"{RESUME.capitalize()}; raise data.timeout, or data.workers, for slow storage"
         )
-    if "DataLoader worker" in text:
+    if "DataLoader worker (pid" in text:
         return (
             f"a process that reads images died ({text.splitlines()[0].rstrip('. ')}); killed for memory, perhaps: "
             f"lower data.workers. {RESUME.capitalize()}"
@@ -76,5 +73,5 @@ def _memory(training: TrainingSection, processes: Processes) -> str:
     advice = f"give {' or '.join(settings)}, or a smaller model" if settings else "give a smaller model"
     return (
         f"out of memory on {processes.device}{held} with {batch} images at once in each of {processes.world_size} "
-        f"processes; {advice}. {RESUME.capitalize()}"
+        f"processes; {advice}: the run goes on from its last checkpoint"
     )

@@ -41,11 +41,11 @@ def only_run(run: Path) -> Iterator[None]:
             file.flush()
         yield
     finally:
-        if made and [path.name for path in run.iterdir()] == [LOCK]:
-            with contextlib.suppress(OSError):  # another process has just begun there
+        with contextlib.suppress(OSError):  # where another process has just begun
+            if made and [path.name for path in run.iterdir()] == [LOCK]:
                 (run / LOCK).unlink()
                 run.rmdir()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a disk that is full
             file.close()
 
 
