@@ -75,12 +75,13 @@ def load_checkpoint(
         optimizer.load_state_dict(state["optimizer"])
         average = state.get("ema") or load_file(folder / PIPELINE / NETWORK / SAFETENSORS_WEIGHTS_NAME)
         ema.model.load_state_dict(average, strict=True)
+        step = int(state["step"])
     except Exception as error:  # the readers raise many kinds for damaged files
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{folder}: cannot resume from this checkpoint ({reason}); delete it to use an earlier one"
         ) from error
-    return state["step"]
+    return step
 
 
 def merged(model: DiP) -> DiP:
