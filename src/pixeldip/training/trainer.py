@@ -22,6 +22,8 @@ from ..processes import Processes, autocast, choose_precision, start_processes, 
 from ..provenance import command
 from ..recipe import Recipe
 from ..run_folder import NETWORK, PIPELINE, newest_checkpoint
+from ..saved_model import check_saved_model
+from ..terminal import PlainConsole
 from .alignment import AlignedDiP, Alignment, load_alignment
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EMA
@@ -58,7 +60,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
     Raises:
         UserError: before any work if the recipe cannot be run; later if the data or loss break down.
     """
-    console = console or Console()
+    console = console or PlainConsole()
     training = recipe.training
     run = Path(recipe.out)
     processes = start_processes(training.device)
@@ -69,6 +71,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         checkpoint = newest_checkpoint(run)
         pretrained, trained, start = None, None, None
         if recipe.model.pretrained and checkpoint:
+            check_saved_model(checkpoint / PIPELINE)
             trained = network_config(DiP.load_config(checkpoint / PIPELINE / NETWORK))
             start = read_start(run)
         elif recipe.model.pretrained:
