@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from .errors import UserError
 from .model import DiP
@@ -54,7 +54,8 @@ def check_saved_model(folder: Path) -> None:
         with torch.device("meta"):
             claimed = DiP.from_config(config).num_parameters()
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that do not fit, or are beyond any
-        raise UserError(f"{folder / NETWORK / CONFIG}: describes no network ({str(error).splitlines()[0]})") from error
+        reason, _, _ = str(error).partition("\n")
+        raise UserError(f"{folder / NETWORK / CONFIG}: describes no network ({reason})") from error
     held = sum(file.stat().st_size for file in (folder / NETWORK).glob("*.safetensors"))
     if claimed > held:
         raise UserError(
