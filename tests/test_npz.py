@@ -1,8 +1,11 @@
 """Files of images: what is written is read back, and nothing damaged gets through."""
 
+import contextlib
 import io
 import json
+import math
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 
@@ -132,6 +135,53 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
         NpzFile(npz_with(tmp_path / "b.npz", npy(IMAGES), "mu.npy")).images()
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_numpy_does_not_pack_is_not_unpacked(method: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", method) as archive:
+        archive.writestr("arr_0.npy", npy(np.zeros((1, 4000, 4000, 3), np.uint8)))
+    with pytest.raises(UserError, match=r"arr_0 claims 48000128 bytes, more than numpy packs into \d+: damaged"):
+        NpzFile(tmp_path / "a.npz")
+
+
+def lying_npz(path: Path, data: bytes, claimed: int, name: str = "arr_0.npy") -> Path:
+    """A member whose directory entry claims more bytes than it unpacks to; its checksum is right."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<I", raw, raw.rfind(b"PK\x01\x02") + 24, min(claimed, 2**32 - 2))
+    path.write_bytes(raw)
+    return path
+
+
+def test_directories_that_lie(tmp_path: Path) -> None:
+    start = header("{'descr': '|u1', 'fortran_order': False, 'shape': (50, 4, 4, 3)}\n")
+    file = NpzFile(lying_npz(tmp_path / "a.npz", start + bytes(100), len(start) + 50 * 48))
+    with pytest.raises(UserError, match="arr_0 is damaged"):
+        file.images().read(0, 3)
+    with pytest.raises(UserError, match="arr_0 is damaged"):
+        file.load("arr_0")
+    with pytest.raises(UserError, match=r"claims 3000000000 bytes, more than numpy packs into \d+: damaged"):
+        NpzFile(lying_npz(tmp_path / "b.npz", start, 3_000_000_000))
+
+
+@given(
+    shape=st.lists(st.integers(0, 2**70) | st.integers(0, 9), max_size=70),
+    descr=st.sampled_from(["|u1", "<f8", "<i8", "|S3", "<U2", "|V4", "<M8[s]", "|b1"]),
+    data=st.binary(max_size=200),
+    honest=st.booleans(),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_header_costs_more_than_the_file_could_hold(
+    shape: list[int], descr: str, data: bytes, honest: bool, tmp_path: Path
+) -> None:
+    start = header(repr({"descr": descr, "fortran_order": False, "shape": tuple(shape)}))
+    claimed = len(start) + (len(data) if honest else np.dtype(descr).itemsize * math.prod(shape))
+    path = lying_npz(tmp_path / "a.npz", start + data, claimed)
+    for use in (lambda file: file.load("arr_0").nbytes, lambda file: file.images().read(0, 10**9).nbytes):
+        with contextlib.suppress(UserError):
+            assert use(NpzFile(path)) <= 1032 * path.stat().st_size
+
+
 def test_labels_of_another_length(tmp_path: Path) -> None:
     file = NpzFile(write(tmp_path / "a.npz", arr_1=LABELS[:5]))
     with pytest.raises(UserError, match=r"arr_1 is int64 \(5,\), expected one integer class id per image \(7\)"):
@@ -143,9 +193,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("npz")
     write(folder / "stored.npz", arr_1=LABELS, mu=np.arange(5.0))
     np.savez_compressed(folder / "packed.npz", arr_0=IMAGES, arr_1=LABELS, mu=np.arange(5.0))
-    with zipfile.ZipFile(folder / "lzma.npz", "w", zipfile.ZIP_LZMA) as archive:
-        for name, array in (("arr_0", IMAGES), ("arr_1", LABELS), ("mu", np.arange(5.0))):
-            archive.writestr(f"{name}.npy", npy(array))
     return folder
 
 
@@ -164,8 +211,8 @@ def assert_refused_or_unharmed(path: Path) -> None:
     assert labels is None or np.array_equal(labels, LABELS)  # a flip in arr_1's name makes it another array
 
 
-@given(data=st.data(), kind=st.sampled_from(["stored", "packed", "lzma"]))
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), kind=st.sampled_from(["stored", "packed"]))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_flipped_bits(data: st.DataObject, kind: str, good: Path, tmp_path: Path) -> None:
     raw = bytearray((good / f"{kind}.npz").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):

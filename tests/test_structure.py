@@ -16,6 +16,7 @@ ORDER = [
     "images",
     "flow",
     "model",
+    "saved_model",
     "sharing",
     "pipeline",
     "data",

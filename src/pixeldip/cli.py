@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import tyro
 from pydantic import Field
-from rich.console import Console
 
 from .errors import UserError
 from .recipe import (
@@ -23,6 +22,7 @@ from .recipe import (
     parse_recipe,
     recipe_values,
 )
+from .terminal import PlainConsole, printable
 
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"no command {name!r}; {hint}")
         return COMMANDS[name](arguments) or 0
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]pixeldip {name}:[/] ", end="")
-        print(error, file=sys.stderr)
+        PlainConsole(stderr=True).print(f"pixeldip {name}: ", style="bold red", end="")
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

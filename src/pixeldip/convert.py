@@ -3,6 +3,7 @@
 import pickle
 import re
 import types
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -128,11 +129,15 @@ def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") ->
         inner = tensors["blocks.0.mlp.w1.weight"].shape[0]
         head_dim = tensors["blocks.0.attn.q_norm.weight"].shape[0]
         num_classes = tensors["y_embedder.embedding_table.weight"].shape[0] - 1
+        if min(hidden_size, patch_dim, in_channels, head_width, head_depth, inner, head_dim) < 1:
+            raise ValueError("a size below 1")
     except KeyError as missing:
         raise UserError(
             f"{path}: tensor {missing} is missing, so this is neither a DiP nor a PixNerd network; "
             f"it holds {len(tensors)} tensors: {some(sorted(tensors))}"
         ) from None
+    except (ValueError, IndexError) as error:  # shapes of other lengths
+        raise UserError(f"{path}: neither a DiP nor a PixNerd network: its tensors tell no sizes ({error})") from None
     mlp_ratio = 1.5 * inner / hidden_size
     if int(2 * (4 * hidden_size) / 3) == inner:
         mlp_ratio = 4.0
@@ -162,6 +167,8 @@ def _network_tensors(path: Path, weights: str) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
+        elif not zipfile.is_zipfile(path):
+            raise ValueError("not an archive, as torch has written since 1.6")
         else:
             state = torch.load(path, map_location="cpu", weights_only=False, pickle_module=_tensors_only)
     except Exception as error:  # whatever a damaged or foreign file makes the readers say
@@ -179,6 +186,9 @@ def _network_tensors(path: Path, weights: str) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: entry {name!r} is not a tensor; it was not loaded")
+    claimed, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if claimed > size:
+        raise UserError(f"{path}: claims {claimed:,} bytes of tensors, and the file has {size:,}: damaged")
     return tensors
 
 
@@ -218,7 +228,9 @@ class _Inert:
 class _TensorsOnlyUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
+            known = _ALLOWED[module, name]
+            # a pickle can set attributes of what it names: of a function made for it, not of torch's
+            return known if isinstance(known, type) else lambda *arguments: known(*arguments)
         if module in ("torch", "torch.storage") and _STORAGES.fullmatch(name):
             return super().find_class("torch", name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

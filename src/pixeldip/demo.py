@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 
 from .data import open_source
 from .errors import UserError
@@ -27,6 +26,7 @@ from .provenance import made_by
 from .recipe import Recipe, image_size, load_recipe
 from .report import demo_page
 from .sampling import load_pipeline
+from .terminal import PlainConsole
 from .training import train
 
 SAMPLES_PER_CLASS = 10
@@ -54,7 +54,7 @@ class DemoArguments:
 def run_demo(arguments: DemoArguments) -> int:
     """Returns the exit status: 0, or 130 when interrupted during training."""
     began = time.perf_counter()
-    console = Console()
+    console = PlainConsole()
     device = choose_device(arguments.device)
     recipe = load_recipe("demo-gpu" if device.type == "cuda" else "demo")
     recipe.out = str(arguments.out)

@@ -20,7 +20,7 @@ from .pipeline import DiPPipeline
 from .provenance import made_by
 from .run_folder import check_writable
 from .sampling import load_pipeline
-from .terminal import quieted
+from .terminal import PlainConsole, quieted
 
 RECORD = "export.json"
 PROGRAM, PACKAGE, ONNX = "model.pt2", "model.aoti.pt2", "model.onnx"
@@ -34,7 +34,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def export_command(arguments: Any) -> None:
     """What `pixeldip export` does with its `ExportArguments`."""
-    console = Console()
+    console = PlainConsole()
     pipeline = load_pipeline(arguments.model, torch.device("cpu"))
     height, width = arguments.height or pipeline.config.height, arguments.width or pipeline.config.width
     errors = export_model(pipeline, arguments.out, arguments.format, height, width, console)

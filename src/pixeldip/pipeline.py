@@ -34,6 +34,7 @@ from .flow import (
 from .images import to_pil
 from .model import DiP, check_size
 from .run_folder import resolve_model
+from .saved_model import check_saved_model
 from .sharing import upload, write_model_card
 from .terminal import quieted
 
@@ -98,14 +99,25 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiPPipeline":
         """A pipeline from a run folder (its newest checkpoint, EMA weights), a saved folder or a hub id.
 
+        Only safetensors are read, and no code that comes with the model is run.
+
         Raises:
-            UserError: if there is no model of that name.
+            UserError: if there is no model of that name, or it cannot be loaded.
         """
         name = str(pretrained_model_name_or_path)
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))
         if not is_accelerate_available():
             kwargs.setdefault("low_cpu_mem_usage", False)  # the other way needs it, and says so at length
-        pipeline = super().from_pretrained(resolve_model(name), **kwargs)
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        where = resolve_model(name)
+        try:
+            saved = where if Path(where).is_dir() else cls.download(where, **kwargs)
+            check_saved_model(Path(saved))
+            pipeline = super().from_pretrained(saved, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:  # diffusers and the hub's client raise many kinds
+            raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
         pipeline._origin = folder if folder.is_dir() else None
         return pipeline
 

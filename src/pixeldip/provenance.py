@@ -1,6 +1,7 @@
 """What made an artefact: the command, the versions, the machine."""
 
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -15,6 +16,9 @@ import torch
 
 from . import __version__
 from .processes import Processes
+
+_SECRET_FLAG = re.compile(r"(--?[\w.-]*(?:token|secret|password|api[_-]?key)[\w.-]*)(=.*)?", re.IGNORECASE | re.DOTALL)
+_SECRET = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@]+(?=@)")  # a hub token; user:password of an address
 
 
 def environment(processes: Processes) -> dict[str, Any]:
@@ -62,4 +66,14 @@ def made_by() -> dict[str, str]:
 
 
 def command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What was typed, fit to be shared with what it made: without secrets."""
+    words, hidden = [Path(sys.argv[0]).name], False
+    for word in sys.argv[1:]:
+        flag = _SECRET_FLAG.fullmatch(word)
+        if flag:
+            word = f"{flag[1]}=***" if flag[2] else word
+        elif hidden:
+            word = "***"
+        hidden = bool(flag) and not flag[2]
+        words.append(_SECRET.sub("***", word))
+    return shlex.join(words)

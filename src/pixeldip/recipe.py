@@ -6,6 +6,7 @@ The defaults of all but the model are those of `recipes/my-images.yaml`. This mo
 
 import dataclasses
 import difflib
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
@@ -17,7 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import UserError
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _section(cls: type) -> type:
@@ -25,8 +26,9 @@ def _section(cls: type) -> type:
     return cls
 
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+_LARGEST = 2**63 - 1
+Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
+NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -301,7 +303,7 @@ def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise UserError(f"{where}: {explained(error)}") from None
 
 
 def check_flags(arguments: Any) -> None:
@@ -328,8 +330,13 @@ def check_values(settings: Any, spelling: Callable[[str], str]) -> Any:
         raise UserError("; ".join(f"{spelling(str(e['loc'][0]))}: {_found(e)}" for e in error.errors())) from None
 
 
+def explained(error: ValidationError) -> str:
+    """Each value that was refused: where, why, and what was found."""
+    return "; ".join(_explain(e) for e in error.errors())
+
+
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
+    path = [str(part) for part in error["loc"]] or ["all of it"]
     if error["type"] == "unexpected_keyword_argument":
         known = _keys_at(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
@@ -339,8 +346,20 @@ def _explain(error: Any) -> str:
     return f"{'.'.join(path)}: {_found(error)}"
 
 
+class _Shortened(reprlib.Repr):
+    """Of what was found, at most some 200 characters."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlevel = 2
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if abs(x) < 10**100 else "a number of more than 100 digits"
+
+
 def _found(error: Any) -> str:
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, found {_Shortened().repr(error['input'])}"
 
 
 def _keys_at(path: list[str]) -> list[str]:
@@ -360,16 +379,18 @@ def load_recipe(name: str) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{name}: no such recipe file")
-        text = path.read_text(encoding="utf-8")
+        file = path
     else:
         packaged = resources.files("pixeldip.recipes")
         known = sorted(entry.name.removesuffix(".yaml") for entry in packaged.iterdir() if entry.name.endswith(".yaml"))
         if name not in known:
             raise UserError(f"{name!r} is neither a .yaml file nor one of the recipes {', '.join(known)}")
-        text = packaged.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        file = packaged.joinpath(f"{name}.yaml")
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, endless digits, endless brackets
         raise UserError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(values, where=name)
 

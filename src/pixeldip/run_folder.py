@@ -12,10 +12,11 @@ previews/step-….png       sample grids of fixed seeds
 .lock                     held by the process that is training here
 """
 
-import contextlib
 import errno
 import json
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def step_of(path: Path) -> int:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. (One being written has another name until it is.)"""
-    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir())
+    return _numbered(path for path in (run / CHECKPOINTS).glob("step-*") if path.is_dir())
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -74,12 +75,12 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run in order; steps that a resume went back behind count as it ran them again."""
-    return _by_step(run, lambda entry: "event" not in entry)
+    return _by_step(run, lambda entry: _are_numbers(entry.get("loss"), entry.get("images_per_second")))
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """The evaluations of a run in order, each with its step, metrics and floors."""
-    return _by_step(run, lambda entry: entry.get("event") == "evaluation")
+    return _by_step(run, lambda entry: entry.get("event") == "evaluation" and _is_evaluation(entry))
 
 
 def read_events(run: Path, name: str) -> list[dict[str, Any]]:
@@ -89,7 +90,7 @@ def read_events(run: Path, name: str) -> list[dict[str, Any]]:
 
 def preview_files(run: Path) -> list[Path]:
     """The sample grids of a run, oldest first."""
-    return sorted((run / PREVIEWS).glob("step-*.png"))
+    return _numbered((run / PREVIEWS).glob("step-*.png"))
 
 
 def newest_preview(run: Path) -> Path | None:
@@ -100,23 +101,46 @@ def newest_preview(run: Path) -> Path | None:
 def _by_step(run: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     by_step: dict[int, dict[str, Any]] = {}
     for entry in _lines(run):
+        reached = entry.get("step")
+        if not isinstance(reached, int):
+            continue
         if entry.get("event") == "start":
-            by_step = {step: old for step, old in by_step.items() if step <= entry["step"]}
+            by_step = {step: old for step, old in by_step.items() if step <= reached}
         elif wanted(entry):
-            by_step[entry["step"]] = entry
+            by_step[reached] = entry
     return [by_step[step] for step in sorted(by_step)]
 
 
 def _lines(run: Path) -> Iterator[dict[str, Any]]:
+    """The entries of metrics.jsonl; lines that are none are passed over."""
     path = run / METRICS
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # the line that was being written when the run was killed
-            yield json.loads(line)
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):  # the line that was being written when the run was killed
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _is_evaluation(entry: dict[str, Any]) -> bool:
+    metrics, floors = entry.get("metrics"), entry.get("floors")
+    return isinstance(metrics, dict) and isinstance(floors, dict) and _are_numbers(*metrics.values())
+
+
+def _numbered(paths: Iterable[Path]) -> list[Path]:
+    """Those that are named after a step, in order: not a copy that someone laid beside them."""
+    named = (path for path in paths if re.fullmatch(r"step-[0-9]{8,18}(\.png)?", path.name))
+    return sorted(named, key=step_of)
 
 
 def names_a_model(name: str) -> bool:
     """Whether `resolve_model` would look for a model there: a folder that holds one, or a hub id."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return (path / "model_index.json").is_file() or newest_checkpoint(path) is not None
     return not path.exists() and path.suffix != ".npz" and _may_be_hub_id(name)
@@ -132,7 +156,7 @@ def resolve_model(name: str) -> str:
     Raises:
         UserError: if it is a folder without a model, or no folder and no hub id.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         if (path / "model_index.json").is_file():
             return str(path)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from .data import NpzWriter
@@ -22,7 +21,7 @@ from .pipeline import STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes, stop_processes
 from .provenance import made_by
 from .recipe import SamplingSettings
-from .terminal import image_progress
+from .terminal import PlainConsole, image_progress
 
 GRID_LIMIT = 256
 MOST_SEEDS = 10_000_000
@@ -212,7 +211,7 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
     Raises:
         UserError: if an argument is out of range or nothing can be written there.
     """
-    console = Console(quiet=not processes.is_main)
+    console = PlainConsole(quiet=not processes.is_main)
     began = time.perf_counter()
     starts = range(0, len(images), batch_size)
     with contextlib.ExitStack() as stack:

@@ -2,8 +2,10 @@
 
 import logging
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +29,26 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def printable(text: str, one_line: bool = False) -> str:
+    """Text of strangers (names of files and classes), its control characters and broken Unicode as escapes.
+
+    Args:
+        one_line: line ends as escapes, too.
+    """
+    kept = "" if one_line else "\n"
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs") and c not in kept else c for c in text)
+
+
+class PlainConsole(Console):
+    """A console for text with names of strangers in it: nothing in a string is markup or a control sequence."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 def warn(console: Console, text: str) -> None:
@@ -61,7 +83,7 @@ def image_progress(console: Console) -> Iterator[Callable[[str, int], Advance]]:
     if not console.is_terminal:
         yield lambda title, total: _lines(console, title, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
 
         def start(title: str, total: int) -> Advance:

@@ -1,6 +1,5 @@
 """Image encoders of the transformers library, an optional part."""
 
-from safetensors import SafetensorError
 from torch import nn
 
 from .errors import UserError
@@ -15,15 +14,16 @@ def load_vision_model(name: str, role: str) -> nn.Module:
         role: what messages call it.
 
     Raises:
-        UserError: if transformers is missing, or there is no such model, or its files are damaged.
+        UserError: if transformers is missing, or there is no such model, or its files are damaged, or it comes with
+            code of its own, which is never run.
     """
     try:
         from transformers import AutoModel
     except ImportError as error:
         raise UserError(f"{role} needs transformers: pip install 'pixeldip[dinov2]'") from error
     try:
-        return AutoModel.from_pretrained(name, use_safetensors=True, dtype="float32")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # not found, not reachable, not fitting
+        return AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False, dtype="float32")
+    except Exception as error:  # transformers raises many kinds for what is not there, damaged or does not fit
         raise UserError(f"{role} {name}: {' '.join(str(error).split())}") from error
 
 

@@ -54,12 +54,7 @@ class Models:
             raise UserError(f"model {name!r}: not one of those offered here" if name else "choose a model first")
         where = resolve_model(name)
         with self._lock:
-            try:
-                pipeline = self._loaded.pop(where, None) or load_pipeline(name, self.device, self.precision)
-            except UserError:
-                raise
-            except (OSError, ValueError, RuntimeError) as error:  # a damaged folder, or a hub that does not answer
-                raise UserError(f"model {name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+            pipeline = self._loaded.pop(where, None) or load_pipeline(name, self.device, self.precision)
             self._loaded[where] = pipeline  # last: the one used most recently
             while len(self._loaded) > KEPT:
                 del self._loaded[next(iter(self._loaded))]

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
-from PIL import Image
 
+from ..data import BrokenImage, decode
 from ..errors import UserError
 from ..recipe import Recipe, load_recipe
 from ..run_folder import METRICS, RECIPE, checkpoints, preview_files, read_evaluations, read_metrics, step_of
@@ -170,7 +170,10 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         if not previews:
             return gr.update(value=None, label="Preview")
         file = previews[min(int(index), len(previews) - 1)]
-        return gr.update(value=Image.open(file), label=f"Step {step_of(file):,}")
+        try:
+            return gr.update(value=decode(file.read_bytes()), label=f"Step {step_of(file):,}")
+        except (OSError, BrokenImage):
+            return gr.update(value=None, label=f"Step {step_of(file):,}: cannot be read")
 
     page.load(find, None, run, **PLAIN)
     again.click(find, None, run, **PLAIN)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from ..model import DiP, check_size
@@ -13,6 +12,7 @@ from ..processes import Processes, choose_device, choose_precision
 from ..provenance import environment
 from ..run_folder import check_writable
 from ..sampling import load_pipeline
+from ..terminal import PlainConsole
 from ..training.pretrained import network_config
 from .latency import bench_latency
 from .memory import bench_memory
@@ -39,7 +39,7 @@ def bench_command(arguments: Any) -> None:
     Raises:
         UserError: if there is no such model, or the size does not fit.
     """
-    console = Console()
+    console = PlainConsole()
     device = choose_device(arguments.device)
     model, size = _model(arguments)
     check_size(*size, model.config.patch_size)

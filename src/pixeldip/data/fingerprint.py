@@ -25,7 +25,8 @@ def fingerprint(source: Source) -> dict[str, Any]:
         sizes[files] = list(pool.map(_size, [names[i] for i in files]))
     folder = os.path.commonpath([min(names), max(names)]) if len(files) else ""
     labels = source.labels()
-    digest = hashlib.sha256("\0".join(name.removeprefix(folder) for name in names).encode())
+    everything = "\0".join(name.removeprefix(folder) for name in (*names, *source.no_files))
+    digest = hashlib.sha256(everything.encode(errors="surrogateescape"))
     digest.update(sizes.tobytes())
     digest.update(b"" if labels is None else labels.tobytes())
     counts = [] if labels is None else np.bincount(labels[labels >= 0], minlength=len(source.class_names)).tolist()

@@ -2,12 +2,11 @@
 
 An `.npz` with `arr_0` (N, H, W, 3) uint8 and, optionally, `arr_1` (N,) class ids; a reference batch also holds
 `mu, sigma, mu_s, sigma_s` (Dhariwal & Nichol 2021). Nothing here unpickles, and no array is read before its
-claimed size has been compared with the size of the file.
+claimed size has been compared with what the file can hold.
 """
 
 import io
 import json
-import lzma
 import math
 import struct
 import tokenize
@@ -18,12 +17,15 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..errors import UserError
 from ..run_folder import check_writable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LONGEST_HEADER = 10_000
+_MOST_UNPACKED = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
+"""The most bytes that one packed byte can become, by the two ways numpy packs."""
 _CHUNK = 1 << 22
 # what zipfile and numpy raise for damaged files, beside each other's ValueError
 _DAMAGE = (
@@ -37,7 +39,6 @@ _DAMAGE = (
     LookupError,
     TypeError,
     MemoryError,
-    lzma.LZMAError,
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -66,13 +67,20 @@ class NpzFile:
                 self.comment = archive.comment.decode("utf-8", "replace")
         except _DAMAGE as error:
             raise UserError(f"{path}: truncated, or not an npz file ({error})") from error
+        size = self.path.stat().st_size
+        for name, info in self._members.items():
+            packed = min(info.compress_size, size)
+            if info.file_size > _MOST_UNPACKED.get(info.compress_type, 0) * packed:
+                raise UserError(
+                    f"{path}: {name} claims {info.file_size} bytes, more than numpy packs into {packed}: damaged"
+                )
 
     @property
     def made_with(self) -> dict[str, Any]:
         """The settings `NpzWriter` keeps in a file; empty for files of other tools."""
         try:
             settings = json.loads(self.comment)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return {}
         return settings if isinstance(settings, dict) else {}
 
@@ -94,11 +102,10 @@ class NpzFile:
             raise UserError(f"{self.path}: {name} has shape {found}, expected {shape}")
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(self._members[name]) as member:
-                data = member.read()
+                flat = np.frombuffer(member.read(), dtype, offset=start)
+            return flat.reshape(found, order="F" if fortran else "C").copy()
         except _DAMAGE as error:
             raise UserError(f"{self.path}: {name} is damaged ({error})") from error
-        flat = np.frombuffer(data, dtype, offset=start)
-        return flat.reshape(found, order="F" if fortran else "C").copy()
 
     def images(self, name: str = "arr_0") -> "NpzImages":
         """The images of an array (N, H, W, 3) uint8, to be read in parts.
@@ -119,6 +126,11 @@ class NpzFile:
             raise UserError(f"{self.path}: {name} has shape {shape}, expected (N, H, W, 3){hint}")
         if fortran:
             raise UserError(f"{self.path}: {name} is stored in Fortran order; save np.ascontiguousarray(x)")
+        if not 0 < shape[1] * shape[2] <= Image.MAX_IMAGE_PIXELS:
+            raise UserError(
+                f"{self.path}: {name} holds images of {shape[1]}x{shape[2]} pixels; between 1 and "
+                f"{Image.MAX_IMAGE_PIXELS} pixels can be read"
+            )
         return NpzImages(self, name, shape[0], shape[1], shape[2], start)
 
     def verify(self) -> None:
@@ -169,6 +181,8 @@ class NpzFile:
             raise UserError(f"{self.path}: {name} is damaged ({error})") from error
         if dtype.hasobject:
             raise UserError(f"{self.path}: {name} holds Python objects, which are never loaded; save plain arrays")
+        if dtype.kind == "V":
+            raise UserError(f"{self.path}: {name} holds records; save plain arrays")
         start = len(magic) + len(length_bytes) + length
         expected, found = start + math.prod(shape) * dtype.itemsize, info.file_size
         if expected != found or any(side < 0 for side in shape) or not dtype.itemsize:
@@ -220,11 +234,12 @@ class NpzImages:
             while self._position < start:
                 self._stream.read(each)
                 self._position += 1
-            data = self._stream.read((stop - start) * each)
+            data = np.frombuffer(self._stream.read((stop - start) * each), np.uint8)
+            images = data.reshape(stop - start, self.height, self.width, 3).copy()
         except _DAMAGE as error:
             raise UserError(f"{self.file.path}: {self._name} is damaged ({error})") from error
         self._position = stop
-        return np.frombuffer(data, np.uint8).reshape(stop - start, self.height, self.width, 3).copy()
+        return images
 
 
 class NpzWriter:

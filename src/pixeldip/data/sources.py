@@ -1,7 +1,11 @@
 """Where images come from, all as map-style Hugging Face datasets."""
 
+import contextlib
+import errno
+import glob
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,37 +15,54 @@ from PIL import Image
 
 from ..errors import UserError
 from ..recipe import DataSection
+from ..terminal import printable
 from .transforms import BrokenImage, decode
 
 BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+_LARGEST_FILE = 2**30
+"""Bytes of an image file; 16-bit RGBA of the most pixels Pillow decodes has fewer."""
+_MOST_FOLDERS = 1_000_000
+"""Folders that link to each other can be walked in endless ways."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Undecoded images with class ids: row i is bytes, label (0 where there are no classes) and a name."""
+    """Undecoded images with class ids: row i is bytes, label (0 where there are no classes) and a name.
+
+    After the rows come files of a folder that have the name of an image and are none; reading one is an error.
+    """
 
     rows: Any
     image_column: str
     label_column: str | None
     class_names: tuple[str, ...]
     """Empty for a source without classes."""
+    no_files: tuple[str, ...] = ()
+    """Links that lead nowhere, pipes, devices."""
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) + len(self.no_files)
 
     def read(self, index: int) -> tuple[bytes, int, str]:
         """(file bytes, class id, name for messages) of a row.
 
         Raises:
-            OSError: if the row points to a file that cannot be opened.
+            OSError: if the row holds no picture, or points to a file that cannot be read.
         """
+        if index >= len(self.rows):
+            return _file_bytes(self.no_files[index - len(self.rows)]), 0, ""
         row = self.rows[index]
         image = row[self.image_column] or {}
         name = image.get("path") or row.get("__key__") or f"row {index}"
-        data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
-        return data, (int(row[self.label_column]) if self.label_column else 0), name
+        if image.get("bytes") is None and not image.get("path"):
+            raise OSError(errno.EINVAL, "no picture in it", name)
+        data = image["bytes"] if image.get("bytes") is not None else _file_bytes(image["path"])
+        label = row[self.label_column] if self.label_column else 0
+        if self.label_column and not self._is_class(label):
+            raise OSError(errno.EINVAL, f"class {label}, where there are {len(self.class_names)}", name)
+        return data, label, printable(name, one_line=True)
 
     def picture(self, index: int) -> tuple[Image.Image, int, str]:
         """(upright RGB picture, class id, name for messages) of a row.
@@ -52,15 +73,37 @@ class Source:
         try:
             data, label, name = self.read(index)
         except OSError as error:
-            raise BrokenImage(f"row {index}: {error.strerror or error}") from error
+            where = printable(error.filename or f"row {index}", one_line=True)
+            raise BrokenImage(f"{where}: {error.strerror or error}") from error
         try:
             return decode(data), label, name
         except BrokenImage as error:
             raise BrokenImage(f"{name}: {error}") from error
 
     def labels(self) -> np.ndarray | None:
-        """The class ids of all rows, (n,); None for a source without classes."""
-        return np.array(self.rows[self.label_column], np.int64) if self.label_column else None
+        """The class ids of all rows, (n,), 0 for those without one; None for a source without classes."""
+        if not self.label_column:
+            return None
+        found = [label if self._is_class(label) else 0 for label in self.rows[self.label_column]]
+        return np.array([*found, *[0] * len(self.no_files)], np.int64)
+
+    def _is_class(self, label: int | None) -> bool:
+        return label is not None and 0 <= label < len(self.class_names)
+
+
+def _file_bytes(name: str) -> bytes:
+    """The bytes of a file that a stranger's table or folder names: a regular one, of a size that a picture can have.
+
+    Raises:
+        OSError: if it is anything else.
+    """
+    path = Path(name)
+    if not path.is_file():
+        dangling = path.is_symlink() and not path.exists()
+        raise OSError(errno.ENOENT, "a link that leads nowhere" if dangling else "not a file", name)
+    if path.stat().st_size > _LARGEST_FILE:
+        raise OSError(errno.EFBIG, f"more than {_LARGEST_FILE} bytes", name)
+    return path.read_bytes()
 
 
 def open_source(section: DataSection) -> Source:
@@ -75,31 +118,34 @@ def open_source(section: DataSection) -> Source:
         raise UserError("data.source is missing: give an image folder, for instance --data.source my-photos/")
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    builder, arguments = _builder(section.source)
+    builder, arguments, no_files = _builder(section.source, section.split)
     try:
         rows = datasets.load_dataset(builder, split=section.split, **arguments)
     except Exception as error:  # datasets raises many kinds; its message says which file or split
         raise UserError(f"data.source {section.source}: {_first_line(error)}") from error
     if len(rows) == 0:
         raise UserError(f"data.source {section.source}: no images in it")
-    return _with_columns(rows, section)
+    return replace(_with_columns(rows, section), no_files=tuple(no_files))
 
 
-def _builder(source: str) -> tuple[str, dict[str, Any]]:
-    path = Path(source).expanduser()
+def _builder(source: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
+    """What `load_dataset` is asked for, and the files with names of images that it passes over."""
+    path = Path(os.path.expanduser(source))
     if source in BUNDLED and not path.exists():
         folder = resources.files(__package__) / "bundled"
-        return "parquet", {"data_files": {split: str(folder / name) for split, name in BUNDLED[source].items()}}
+        return "parquet", {"data_files": {split: str(folder / name) for split, name in BUNDLED[source].items()}}, []
     if path.is_file():
         if path.suffix in BUILDERS:
-            return BUILDERS[path.suffix], {"data_files": {"train": str(path)}}
+            return BUILDERS[path.suffix], {"data_files": {"train": glob.escape(str(path))}}, []
         raise UserError(
             f"data.source {source}: a file, but neither .parquet nor .tar; give the folder that holds the images"
         )
     if path.is_dir():
         shards: dict[str, list[str]] = {suffix: [] for suffix in BUILDERS}
         has_images = False
-        for folder, _, names in os.walk(path):
+        for count, (folder, names) in enumerate(_walk(path)):
+            if count == _MOST_FOLDERS:
+                raise UserError(f"data.source {source}: more than {_MOST_FOLDERS} folders, those behind links included")
             for name in names:
                 suffix = os.path.splitext(name)[1].lower()
                 has_images |= suffix in _IMAGE_SUFFIXES
@@ -107,13 +153,43 @@ def _builder(source: str) -> tuple[str, dict[str, Any]]:
                     shards[suffix].append(os.path.join(folder, name))
         for suffix, builder in BUILDERS.items():
             if shards[suffix]:
-                return builder, {"data_files": {"train": sorted(shards[suffix])}}
+                return builder, {"data_files": {"train": [glob.escape(shard) for shard in sorted(shards[suffix])]}}, []
         if not has_images:
             raise UserError(f"data.source {source}: no image, .parquet or .tar files in this folder")
-        return "imagefolder", {"data_dir": str(path)}
+        return "imagefolder", *_image_folder(path, split)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/"):
-        return source, {}
+        return source, {}, []
     raise UserError(f"data.source {source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
+
+
+def _walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those in it, links to folders included, each with the names of its files."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link back up
+        return
+    inner, names = [], []
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            (inner if os.path.isdir(entry) else names).append(entry.name)
+    yield str(folder), sorted(names)
+    for name in sorted(inner):
+        yield from _walk(os.path.join(folder, name), (*above, real))
+
+
+def _image_folder(path: Path, split: str) -> tuple[dict[str, Any], list[str]]:
+    """What the `imagefolder` builder is asked for. It follows links to files, but itself neither follows those to
+    folders nor tells of those that lead nowhere."""
+    root = path / split if (path / split).is_dir() else path
+    linked, no_files = [], []
+    for folder, names in _walk(root):
+        if os.path.islink(folder) and folder != str(path):
+            linked.append(folder)
+        files = (os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES)
+        no_files += [file for file in files if not os.path.isfile(file)]
+    if not linked or (root == path and split != "train"):
+        return {"data_dir": glob.escape(str(path))}, no_files
+    folders = dict.fromkeys([str(root), *linked])
+    return {"data_files": {split: [f"{glob.escape(folder)}/**" for folder in folders]}}, no_files
 
 
 def _with_columns(rows: Any, section: DataSection) -> Source:
@@ -133,7 +209,10 @@ def _with_columns(rows: Any, section: DataSection) -> Source:
     if label_column not in rows.features:
         raise UserError(f"data.label_column {label_column}: no such column; {columns}")
     if not isinstance(rows.features[label_column], datasets.ClassLabel):
-        rows = rows.class_encode_column(label_column)
+        try:
+            rows = rows.class_encode_column(label_column)
+        except Exception as error:  # datasets and Arrow raise many kinds
+            raise UserError(f"data.label_column {label_column}: holds no classes ({_first_line(error)})") from error
     return Source(rows, image_column, label_column, tuple(rows.features[label_column].names))
 
 
@@ -146,4 +225,5 @@ def _class_column(features: Any) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    cause = error.__cause__ or error  # of "an error occurred while generating the dataset"
+    return (str(cause) or type(cause).__name__).splitlines()[0]

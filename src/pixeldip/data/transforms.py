@@ -6,6 +6,14 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+Image.init()
+FORMATS = [
+    name
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+    if name in Image.OPEN  # some are optional parts of Pillow
+]
+"""Of the kinds Pillow reads, those that pictures come in; EPS would start Ghostscript."""
+
 
 class BrokenImage(Exception):
     """A picture that cannot be read; the message says why."""
@@ -23,11 +31,11 @@ def decode(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
         return to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:  # its own message names a buffer, not the file
-        raise BrokenImage("not an image of a kind Pillow can read") from None
+        raise BrokenImage(f"not a picture of a kind that is read ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise BrokenImage(f"{type(error).__name__}: {error}") from error
 

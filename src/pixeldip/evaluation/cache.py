@@ -69,7 +69,7 @@ def load_entry(path: Path, measured: Measured, extractor: Extractor, console: Co
         return False
     try:
         file = NpzFile(path)
-        arrays = {name: file.load(name) for name in file.keys}
+        arrays = {name: file.load(name) for name in {"digests", "columns", "rows", "range", *file.keys}}
     except UserError as error:
         console.print(f"a damaged cache entry is made anew: {error}", style="yellow", highlight=False)
         return False

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-from rich.console import Console
-
 from ..data import NpzFile
 from ..errors import UserError
 from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..run_folder import check_writable, names_a_model
 from ..sampling import SampledImages, image_writer, load_pipeline
-from ..terminal import image_progress, warn
+from ..terminal import PlainConsole, image_progress, warn
 from .extractors import load_together
 from .image_sets import open_images
 from .reference import write_reference
@@ -48,7 +46,7 @@ def reference_command(arguments: Any) -> None:
     """Args: arguments: the command line's `ReferenceArguments`."""
     keep_freed_memory()
     processes = start_processes(arguments.device)
-    console = Console(quiet=not processes.is_main)
+    console = PlainConsole(quiet=not processes.is_main)
     try:
         processes.on_main(lambda: check_writable(arguments.out))
         if arguments.data.endswith(".npz"):

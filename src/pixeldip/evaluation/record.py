@@ -144,7 +144,7 @@ def made_with(images: ImageSet) -> dict[str, Any]:
         return images.file.made_with
     settings = Path(images.name) / SETTINGS
     if settings.is_file():
-        with contextlib.suppress(ValueError):  # a file of that name that is not ours
+        with contextlib.suppress(ValueError, RecursionError):  # a file of that name that is not ours
             values = json.loads(settings.read_text(encoding="utf-8"))
             return values if isinstance(values, dict) else {}
     return {}

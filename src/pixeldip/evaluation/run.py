@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from ..data import NpzFile
 from ..errors import UserError
@@ -18,7 +19,7 @@ from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
 from ..recipe import EvaluationOptions
 from ..sampling import ImageWriter
-from ..terminal import Advance, image_progress
+from ..terminal import Advance, PlainConsole, image_progress, printable
 from .extractors import Extractor, load_together
 from .image_sets import ImageSet, SourceImages, open_images
 from .record import (
@@ -63,7 +64,7 @@ class Evaluator:
         own_images: SourceImages | None = None,
     ):
         self.options, self.processes, self.own_images = options, processes, own_images
-        self.console = console or Console(quiet=not processes.is_main)
+        self.console = console or PlainConsole(quiet=not processes.is_main)
         self.height, self.width = height, width
         self.warnings: list[str] = []
         self.seconds: dict[str, float] = {}
@@ -92,7 +93,7 @@ class Evaluator:
             return None
         size = self.height, self.width
         if name:
-            with self.console.status(f"opening {name}"):
+            with self.console.status(escape(f"opening {printable(name)}")):
                 reference = open_reference(name, split, role, size, self.options, self.processes)
         elif self.own_images is not None:
             reference = reference_of(self.own_images, role, self.processes)
@@ -214,7 +215,7 @@ class Evaluator:
             raise UserError(f"{images.name}: {len(images)} samples; these metrics need at least {needed} samples")
         warnings += label_warnings(images, self.metrics, self.options)
         recorded = made_with(images).get("patch_size")
-        patch_size = self.options.patch_size or (recorded if isinstance(recorded, int) else PATCH_SIZE)
+        patch_size = self.options.patch_size or (recorded if isinstance(recorded, int) and recorded > 1 else PATCH_SIZE)
         if "boundary" in self.metrics and patch_size >= max(self.height, self.width):
             size = f"{self.height}x{self.width}"
             raise UserError(f"boundary: {size} images show no borders of patches of {patch_size}; give --patch-size")
@@ -302,10 +303,10 @@ def evaluate(
         UserError: for every mistake in the arguments or files, as early as it can be seen.
     """
     processes = processes or Processes(0, 1, choose_device("auto"))
-    console = console or Console(quiet=not processes.is_main)
+    console = console or PlainConsole(quiet=not processes.is_main)
     label_mistake = None
     if isinstance(samples, str | Path):
-        with console.status(f"opening {samples}"):
+        with console.status(escape(f"opening {printable(str(samples))}")):
             samples, label_mistake = open_samples(str(samples), options, processes)
     evaluator = Evaluator(options, samples.height, samples.width, processes, console)
     if label_mistake:

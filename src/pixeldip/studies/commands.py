@@ -4,10 +4,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..errors import UserError
 from ..processes import keep_freed_memory
+from ..terminal import PlainConsole
 from .comparison import Comparison, ComparisonOptions, measure_contender, run_comparison
 from .comparison_report import write_report
 from .comparisons import COMPARISONS
@@ -30,7 +29,7 @@ def study_command(arguments: Any) -> int:
         raise UserError(f"no study {name!r}; " + (f"perhaps {near[0]}" if near else f"there are {', '.join(STUDIES)}"))
     keep_freed_memory()
     out = arguments.out or Path("runs") / f"study-{name}-{arguments.scale}"
-    console = Console()
+    console = PlainConsole()
     if name == OVERFIT.name:
         return run_overfit(out, arguments.scale, arguments.image, arguments.steps, arguments.device, console)
     options = ComparisonOptions(

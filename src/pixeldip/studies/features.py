@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor
 
-from ..data import Source, open_source
+from ..data import NpzFile, Source, open_source
 from ..errors import UserError
 from ..evaluation.image_sets import SourceImages
 from ..flow import Stream, fold_seed, interpolate, seeded_normal
@@ -209,8 +209,8 @@ def _scatter(files: dict[str, Path], class_names: Sequence[str]) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     colours = matplotlib.colormaps["tab10" if len(class_names) <= 10 else "tab20"]
     for axes, (label, file) in zip(panels, files.items()):
-        with np.load(file) as stored:
-            features, labels = stored["features"], stored["labels"]
+        stored = NpzFile(file)
+        features, labels = stored.load("features"), stored.load("labels")
         centred = features - features.mean(0)
         perplexity = min(30.0, (len(features) - 1) / 3)
         places = TSNE(perplexity=perplexity, metric="cosine", init="random", random_state=0).fit_transform(centred)

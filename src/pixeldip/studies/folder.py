@@ -40,4 +40,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises UserError if it is damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and the same command makes it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a study's file; delete it, and the same command makes it again")
+    return values

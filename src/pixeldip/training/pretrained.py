@@ -82,8 +82,6 @@ def load_pretrained(name: str, processes: Processes) -> DiPPipeline:
             return DiPPipeline.from_pretrained(name)
         except UserError as error:
             raise UserError(f"model.pretrained: {error}") from error
-        except (OSError, ValueError) as error:  # of the hub's client and of damaged folders
-            raise UserError(f"model.pretrained {name}: cannot be loaded ({str(error).splitlines()[0]})") from error
 
     return processes.main_first(load)
 

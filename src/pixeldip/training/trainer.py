@@ -30,7 +30,8 @@ from ..processes import Processes, autocast, choose_precision, start_processes, 
 from ..provenance import restart
 from ..recipe import Recipe
 from ..run_folder import NETWORK, PIPELINE
-from ..terminal import warn
+from ..saved_model import check_saved_model
+from ..terminal import PlainConsole, warn
 from .alignment import AlignedDiP, Alignment, load_alignment
 from .checkpoint import Checkpoints, load_checkpoint, sound_checkpoint
 from .divergence import Watch, check_divergence, spreading
@@ -75,7 +76,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
         UserError: before any work if the recipe cannot be run, or another process trains in its folder; later if
             data, loss, memory, storage or another process break down.
     """
-    console = console or Console()
+    console = console or PlainConsole()
     run = Path(recipe.out)
     processes = start_processes(recipe.training.device)
     try:
@@ -93,6 +94,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     checkpoint, damaged = processes.on_main(lambda: sound_checkpoint(run))
     pretrained, trained, start = None, None, None
     if recipe.model.pretrained and checkpoint:
+        check_saved_model(checkpoint / PIPELINE)
         trained = network_config(DiP.load_config(checkpoint / PIPELINE / NETWORK))
         start = read_start(run)
     elif recipe.model.pretrained:
