@@ -26,6 +26,7 @@ ORDER = [
     "convert",
     "training",
     "bench",
+    "plan",
     "report",
     "studies",
     "demo",

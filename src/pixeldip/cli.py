@@ -15,6 +15,7 @@ from .errors import UserError
 from .recipe import (
     EvaluationOptions,
     ModelSection,
+    NonNegative,
     Positive,
     Recipe,
     SamplingSettings,
@@ -68,6 +69,30 @@ def demo(arguments: list[str]) -> int:
     return run_demo(tyro.cli(DemoArguments, prog="pixeldip demo", args=arguments))
 
 
+@dataclass
+class PlanOptions:
+    """What a training would take, on paper: --plan opens no data, starts nothing and writes nothing."""
+
+    plan: bool = False
+    """Print parameters, memory, FLOPs, time and checkpoint sizes, and what would not fit; the last line is JSON."""
+    plan_devices: tuple[Positive, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    """Numbers of devices, each a process of DistributedDataParallel."""
+    plan_device: str = "H100"
+    """H100, H200, A100, L40S, "RTX 4090" or "H100 PCIe", with the speed and memory of its data sheet."""
+    plan_utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the published bf16 speed that a step's FLOPs reach. Llama 3's training reached 0.38 to 0.43 on H100s."""
+    plan_price: Annotated[float, Field(gt=0)] | None = None
+    """Of one device for one hour; without it no cost is given."""
+    plan_classes: NonNegative | None = None
+    """None: those that data.source's folders or schema show, or ImageNet's 1000."""
+
+
+@dataclass
+class TrainArguments:
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
+
+
 def train(arguments: list[str]) -> int:
     """Train a model, or resume its run: pixeldip train [RECIPE.yaml] [--section.key value]."""
     positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
@@ -77,16 +102,22 @@ def train(arguments: list[str]) -> int:
         default.model = ModelSection()
     elif "--model.preset" in named:
         default.model = ModelSection(prediction=default.model.prediction)
-    recipe = tyro.cli(
-        Recipe,
+    parsed = tyro.cli(
+        TrainArguments,
         prog="pixeldip train [RECIPE]",
         description="Train a model, or resume the run in --out. RECIPE is a YAML file or the name of a packaged "
         "recipe (default: my-images); every flag overrides one of its values. --model.preset and --model.pretrained "
         "take the place of all the recipe's sizes.",
-        default=default,
+        default=TrainArguments(default, PlanOptions()),
         args=arguments[len(positional) :],
     )
-    recipe = parse_recipe(recipe_values(recipe), where="flags")
+    recipe = parse_recipe(recipe_values(parsed.recipe), where="flags")
+    if parsed.options.plan:
+        check_flags(parsed.options)
+        from .plan import plan_command
+
+        plan_command(recipe, parsed.options)
+        return 0
     from .training import train as run_training
 
     outcome = run_training(recipe)

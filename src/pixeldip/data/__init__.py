@@ -3,7 +3,7 @@
 from .loader import Batch, TrainingImages, batches, check_broken, report_broken
 from .npz import NpzFile, NpzImages, NpzWriter
 from .order import EpochOrder, PositionSampler
-from .sources import Source, open_source
+from .sources import Source, class_count, open_source
 from .transforms import BrokenImage, centre_crop, decode
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "batches",
     "centre_crop",
     "check_broken",
+    "class_count",
     "decode",
     "open_source",
     "report_broken",

@@ -85,6 +85,35 @@ def open_source(section: DataSection) -> Source:
     return _with_columns(rows, section)
 
 
+def class_count(section: DataSection) -> int | None:
+    """How many classes a source has, as far as that shows without opening it; None: it does not.
+
+    It shows in the folders of images, and in the schema of parquet files.
+    """
+    import datasets
+    from pyarrow import parquet
+
+    if section.label_column == "none":
+        return 0
+    try:
+        builder, arguments = _builder(section.source)
+    except UserError:
+        return None
+    if builder == "imagefolder" and not section.label_column:
+        walk = os.walk(arguments["data_dir"])
+        names = {Path(folder).name for folder, _, files in walk if any(_is_image(name) for name in files)}
+        return len(names) if len(names) > 1 else 0
+    if builder == "parquet":
+        files = arguments["data_files"][section.split if section.source in BUNDLED else "train"]
+        schema = parquet.read_schema(files if isinstance(files, str) else files[0])
+        features = datasets.Features.from_arrow_schema(schema)
+        column = section.label_column or _class_column(features)
+        if column is None:
+            return 0
+        return getattr(features.get(column), "num_classes", None)
+    return None
+
+
 def _builder(source: str) -> tuple[str, dict[str, Any]]:
     path = Path(source).expanduser()
     if source in BUNDLED and not path.exists():
@@ -102,7 +131,7 @@ def _builder(source: str) -> tuple[str, dict[str, Any]]:
         for folder, _, names in os.walk(path):
             for name in names:
                 suffix = os.path.splitext(name)[1].lower()
-                has_images |= suffix in _IMAGE_SUFFIXES
+                has_images |= _is_image(name)
                 if suffix in shards:
                     shards[suffix].append(os.path.join(folder, name))
         for suffix, builder in BUILDERS.items():
@@ -114,6 +143,10 @@ def _builder(source: str) -> tuple[str, dict[str, Any]]:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/"):
         return source, {}
     raise UserError(f"data.source {source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
 
 
 def _with_columns(rows: Any, section: DataSection) -> Source:

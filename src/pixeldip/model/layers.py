@@ -77,9 +77,11 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q, k, v (B, h, N, d).
 
-    In bf16 on a CPU torch's fused kernel is the slower way where tokens are few (benchmarks/LOG.md).
+    In bf16 on a CPU torch's fused kernel is the slower way where tokens are few (benchmarks/LOG.md); there it is used
+    only within a `torch.nn.attention.sdpa_kernel` that rules the unfused way out.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW_TOKENS:
+    few = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW_TOKENS
+    if few and torch.backends.cuda.math_sdp_enabled():
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

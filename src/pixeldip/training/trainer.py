@@ -24,6 +24,7 @@ from ..recipe import Recipe
 from ..run_folder import NETWORK, PIPELINE, newest_checkpoint
 from .alignment import AlignedDiP, Alignment, load_alignment
 from .checkpoint import load_checkpoint, save_checkpoint
+from .devices import peak_flops
 from .ema import EMA
 from .loss import training_loss
 from .metrics import TrainingMetrics
@@ -37,7 +38,7 @@ from .preparation import (
 )
 from .pretrained import add_adapters, load_pretrained, network_config, read_start, start_from
 from .preview import save_preview
-from .progress import Progress, peak_flops, training_flops
+from .progress import Progress, training_flops
 from .schedule import draw, learning_rate
 
 

@@ -1,0 +1,109 @@
+"""What `pixeldip train --plan` says of memory against what steps take here: a table, and one JSON line.
+
+    python benchmarks/plan_memory.py [--out FILE]
+
+Each case trains two steps in a process of its own, with AdamW and the average as the trainer holds them. On a CUDA
+device the figure is torch's peak of allocated memory, against the plan's; on a CPU the peak of the process's resident
+memory less that before the model was built, against the plan's count for the CPU's own kernels.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from pixeldip import DiP
+from pixeldip.plan.figures import state_bytes
+from pixeldip.plan.step import PaperStep
+from pixeldip.processes import Processes, autocast, choose_device
+from pixeldip.provenance import environment
+from pixeldip.recipe import image_size, parse_recipe
+from pixeldip.training.ema import EMA
+from pixeldip.training.loss import training_loss
+from pixeldip.training.preparation import model_config
+
+CASES = [  # preset, pixels, images, precision, gradient checkpointing
+    ("dip-s/16", 256, 8, "bf16", False),
+    ("dip-s/16", 256, 8, "bf16", True),
+    ("dip-s/16", 256, 8, "fp32", False),
+    ("dip-s/16", 512, 2, "bf16", False),
+    ("dip-b/16", 256, 8, "bf16", False),
+    ("dip-b/16", 256, 8, "bf16", True),
+]
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def case_recipe(preset: str, pixels: int, images: int, precision: str, checkpointing: bool):
+    training = {"batch_size": images, "precision": precision, "gradient_checkpointing": checkpointing}
+    return parse_recipe({"model": {"preset": preset}, "data": {"resolution": pixels}, "training": training})
+
+
+def measure(case: tuple) -> int:
+    """Bytes at the peak of two steps."""
+    recipe, device = case_recipe(*case), choose_device("auto")
+    torch.zeros(8, 8, device=device).square().sum().item()
+    _train(DiP.from_preset("dip-s/16", hidden_size=64, depth=1, num_heads=1), recipe, device)  # libraries are loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    _train(DiP(**model_config(recipe.model, 1000)), recipe, device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _train(model: DiP, recipe, device: torch.device) -> None:
+    model.to(device).train()
+    if recipe.training.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    ema = EMA(model, 0.999)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images = recipe.training.batch_size
+    for step in range(2):
+        x = torch.randn(images, 3, *image_size(recipe.data), device=device)
+        y, t = torch.zeros(images, dtype=torch.long, device=device), torch.rand(images, device=device)
+        with autocast(device, PRECISIONS[recipe.training.precision]):
+            loss = training_loss(model, model.objective, None, x, y, torch.randn_like(x), t)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+
+
+def planned(case: tuple, device: torch.device) -> int:
+    recipe = case_recipe(*case)
+    precision, fused = PRECISIONS[recipe.training.precision], device.type == "cuda"
+    step = PaperStep(recipe, model_config(recipe.model, 1000), precision, fused=fused)
+    checkpointing = recipe.training.gradient_checkpointing
+    return sum(state_bytes(step, 1).values()) + step.peak_bytes(recipe.training.batch_size, checkpointing, False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        print(measure(CASES[arguments.case]))
+        return
+    device = choose_device("auto")
+    rows = []
+    for i, case in enumerate(CASES):
+        command = [sys.executable, __file__, "--case", str(i)]
+        measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        said = planned(case, device)
+        names = ("model", "pixels", "images", "precision", "gradient_checkpointing")
+        rows.append({**dict(zip(names, case)), "planned_bytes": said, "measured_bytes": measured})
+        print(*case, f"planned {said / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB, ratio {said / measured:.3f}")
+    line = json.dumps({"benchmark": "plan_memory", "rows": rows, "environment": environment(Processes(0, 1, device))})
+    print(line)
+    if arguments.out:
+        arguments.out.write_text(line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

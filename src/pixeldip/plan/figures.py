@@ -1,0 +1,243 @@
+"""What a recipe needs on so many devices: a function of the recipe, which opens no data and starts nothing."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import class_count
+from ..errors import UserError
+from ..model import DiP
+from ..processes import precision_name
+from ..recipe import Recipe
+from ..run_folder import NETWORK, resolve_model
+from ..training.devices import DEVICES
+from ..training.preparation import check_recipe, model_config
+from ..training.pretrained import network_config
+from .encoder import encoder_on_paper
+from .step import PaperStep, size_of
+
+USABLE = 0.9  # of a device's memory; the rest is CUDA's own, its libraries' workspaces and fragmentation
+UTILISATION = 0.4  # Llama 3's training reached 0.38 to 0.43 on H100s (Grattafiori et al. 2024, Table 4)
+IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Bytes of one checkpoint, and of those on disk while a new one is written beside the `keep_last` old ones."""
+
+    training_state: int
+    pipeline: int
+    on_disk: int
+
+    @property
+    def whole(self) -> int:
+        return self.training_state + self.pipeline
+
+
+@dataclass(frozen=True)
+class Row:
+    """So many devices. What cannot be said, because the batch cannot be split or the speed is not known, is None.
+
+    images: per device and pass. state, step: bytes on each device, of what stays and of the most that a pass adds.
+    flops: of an optimizer step on all devices. seconds: of an optimizer step; run_seconds: of all of them.
+    """
+
+    devices: int
+    images: int | None = None
+    state: dict[str, int] | None = None
+    step: int | None = None
+    flops: int | None = None
+    seconds: float | None = None
+    run_seconds: float | None = None
+    device_hours: float | None = None
+    cost: float | None = None
+    warning: str | None = None
+
+    @property
+    def memory(self) -> int | None:
+        return None if self.state is None else sum(self.state.values()) + self.step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parameters: by part; those of the encoder are frozen. notes: what was assumed."""
+
+    recipe: Recipe
+    config: dict[str, Any]
+    parameters: dict[str, int]
+    precision: str
+    device: str
+    utilisation: float
+    price: float | None
+    checkpoint: Checkpoint
+    rows: list[Row]
+    notes: list[str]
+
+
+def plan(
+    recipe: Recipe,
+    devices: Sequence[int],
+    device: str = "H100",
+    utilisation: float = UTILISATION,
+    price: float | None = None,
+    classes: int | None = None,
+) -> Plan:
+    """What training takes on each number of devices.
+
+    Args:
+        device: a name of `pixeldip.training.devices.DEVICES`.
+        utilisation: share of the published bf16 speed that the FLOPs of a step reach.
+        price: of one device for one hour, in any currency.
+        classes: None: as many as the data source shows, or ImageNet's.
+
+    Raises:
+        UserError: if the recipe cannot be trained on any number of devices, or the device is not known.
+    """
+    if device not in DEVICES:
+        near = difflib.get_close_matches(device.upper(), DEVICES, n=1)
+        hint = f"perhaps {near[0]!r}" if near else f"there are {', '.join(DEVICES)}"
+        raise UserError(f"no device {device!r}; {hint}")
+    notes = []
+    trained = _trained_config(recipe)
+    check_recipe(recipe, 1, trained)
+    if classes is None:
+        classes = class_count(recipe.data)
+        if classes is None:
+            classes = IMAGENET_CLASSES
+            notes.append(f"{classes} classes, as in ImageNet: data.source does not tell (--plan-classes)")
+    encoder, said = encoder_on_paper(recipe.alignment) if recipe.alignment.weight else (None, None)
+    notes += [said] if said else []
+    precision = torch.float32 if recipe.training.precision == "fp32" else torch.bfloat16
+    config = model_config(recipe.model, classes, trained)
+    step = PaperStep(recipe, config, precision, encoder)
+    if precision == torch.float32:
+        notes.append("no times: the published speed is bf16's, and the recipe computes in fp32")
+    else:
+        notes.append("that share of the speed is a large language model's; small models stay far below it")
+    speed_share = utilisation if precision == torch.bfloat16 else None
+    return Plan(
+        recipe,
+        config,
+        _parameters(step),
+        precision_name(precision),
+        device,
+        utilisation,
+        price,
+        checkpoint_size(recipe, step),
+        [_row(recipe, step, device, speed_share, price, n) for n in devices],
+        notes,
+    )
+
+
+def _trained_config(recipe: Recipe) -> dict[str, Any] | None:
+    """The configuration of the model to start from, if it lies on this machine."""
+    name = recipe.model.pretrained
+    if not name:
+        return None
+    folder = Path(resolve_model(name)) / NETWORK if Path(name).expanduser().is_dir() else None
+    if folder is None:
+        raise UserError(
+            f"model.pretrained {name}: a plan reads the sizes of run folders and saved models of this machine only; "
+            "give --model.preset, or the sizes, in its place"
+        )
+    return network_config(DiP.load_config(folder))
+
+
+def _parameters(step: PaperStep) -> dict[str, int]:
+    parts = {"model": step.model, "projector": step.projector, "encoder": step.encoder}
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
+
+
+def state_bytes(step: PaperStep, devices: int) -> dict[str, int]:
+    """Bytes that stay on each device from step to step.
+
+    DistributedDataParallel holds all of it on every device; a sharded mode would divide it here.
+    """
+    trained = size_of(p for p in step.network.parameters() if p.requires_grad)
+    state = {
+        "weights": size_of([*step.network.parameters(), *step.network.buffers()]),
+        "average": size_of([*step.model.parameters(), *step.model.buffers()]),
+        "AdamW": 2 * trained,
+    }
+    if devices > 1:
+        state["buckets"] = trained  # DistributedDataParallel's own copy of the gradients
+    if step.encoder is not None:
+        state["encoder"] = size_of(step.encoder.parameters())
+    return state
+
+
+def checkpoint_size(recipe: Recipe, step: PaperStep) -> Checkpoint:
+    """Of the tensors that `save_checkpoint` writes."""
+    state = state_bytes(step, devices=1)
+    training_state = state["weights"] + state["AdamW"] + (state["average"] if recipe.model.lora_rank else 0)
+    whole = training_state + state["average"]
+    return Checkpoint(training_state, state["average"], (recipe.training.keep_last + 1) * whole)
+
+
+def _row(
+    recipe: Recipe, step: PaperStep, device: str, utilisation: float | None, price: float | None, devices: int
+) -> Row:
+    training, published = recipe.training, DEVICES[device]
+    passes = training.gradient_accumulation
+    if training.batch_size % (devices * passes):
+        return Row(devices, warning=_cannot_split(devices, training.batch_size, passes))
+    images = training.batch_size // (devices * passes)
+    state = state_bytes(step, devices)
+    peak = step.peak_bytes(images, training.gradient_checkpointing, passes > 1)
+    flops = passes * step.flops(images)
+    seconds = flops / (published.flops * utilisation) if utilisation else None
+    run_seconds = training.steps * seconds if seconds else None
+    device_hours = devices * run_seconds / 3600 if run_seconds else None
+    warning = None
+    if sum(state.values()) + peak > USABLE * published.memory:
+        warning = _does_not_fit(recipe, step, device, devices, images, sum(state.values()), peak)
+    return Row(
+        devices,
+        images,
+        state,
+        peak,
+        devices * flops,
+        seconds,
+        run_seconds,
+        device_hours,
+        price * device_hours if price and device_hours else None,
+        warning,
+    )
+
+
+def _cannot_split(devices: int, batch: int, passes: int) -> str:
+    share = devices * passes
+    parts = f"{devices} devices" + (f" x {passes} accumulation steps" if passes > 1 else "")
+    if batch < share:
+        return f"{parts}: less than one image of a batch of {batch} for each; training.batch_size {share} gives one"
+    below = batch // share * share
+    return f"{parts}: training.batch_size {batch} cannot be split over them; {below} and {below + share} can"
+
+
+def _does_not_fit(
+    recipe: Recipe, step: PaperStep, device: str, devices: int, images: int, state: int, peak: int
+) -> str:
+    """What is too much for the device, and which settings would make it fit."""
+    training, usable = recipe.training, USABLE * DEVICES[device].memory
+    needs = f"{devices} devices: {_gb(state + peak)} do not fit {_gb(usable)}, the usable part of one {device}"
+    if state > usable:
+        return f"{needs}; the model, its average and AdamW alone take {_gb(state)}, however few the images"
+    remedies = []
+    for checkpointing in (False, True):
+        for fewer in (n for n in range(images, 0, -1) if images % n == 0):
+            passes = training.gradient_accumulation * images // fewer
+            needed = state + step.peak_bytes(fewer, checkpointing, passes > 1)
+            if needed <= usable and (checkpointing or not training.gradient_checkpointing):
+                settings = ["training.gradient_checkpointing true"] if checkpointing else []
+                settings += [f"training.gradient_accumulation {passes}"] if fewer < images else []
+                remedies.append(f"{' with '.join(settings)} ({fewer} at once, {_gb(needed)})")
+                break
+    return f"{needs}; " + (f"what would: {', or '.join(remedies)}" if remedies else "nor does one image at once")
+
+
+def _gb(value: float) -> str:
+    return f"{value / 1e9:.1f} GB"
