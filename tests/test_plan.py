@@ -17,7 +17,7 @@ from pixeldip.model import PRESETS
 from pixeldip.model.layers import attend
 from pixeldip.plan import plan
 from pixeldip.plan.step import LiveBytes, PaperStep
-from pixeldip.recipe import DataSection, load_recipe, parse_recipe
+from pixeldip.recipe import DataSection, PlanOptions, load_recipe, parse_recipe
 from pixeldip.run_folder import PIPELINE, TRAINING_STATE, checkpoints
 from pixeldip.training import train
 from pixeldip.training.preparation import model_config
@@ -26,6 +26,7 @@ from .conftest import TINY_MODEL, tiny_recipe
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 WIDE = {"hidden_size": 4096, "depth": 4, "num_heads": 32}
+FEW_SMALL = PlanOptions((8,), "RTX 4090")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -33,7 +34,7 @@ def test_every_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name)
     recipe.model.depth, recipe.alignment.block = 2, 1  # the blocks are alike
-    rows = plan(recipe, [1, 2, 1024]).rows
+    rows = plan(recipe, PlanOptions((1, 2, 1024), "H200")).rows
     assert rows[0].memory > 16 * rows[0].images and rows[0].run_seconds > rows[1].run_seconds > 0
     assert rows[1].state["buckets"] == rows[1].state["AdamW"] / 2 and "buckets" not in rows[0].state
     assert rows[2].images is None and "less than one image" in rows[2].warning
@@ -42,7 +43,7 @@ def test_every_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_command(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--plan", "--plan-devices", "8", "24", "--plan-price", "2", "--model.preset", "dip-s/16"]
+    flags = ["--plan", "--plan.devices", "8", "24", "--plan.price", "2", "--model.preset", "dip-s/16"]
     assert main(["train", "imagenet256-dip-xl", *flags]) == 0
     printed = capsys.readouterr().out
     record = json.loads(printed.splitlines()[-1])
@@ -112,7 +113,7 @@ def test_no_attention_matrix_is_held() -> None:
 
 def test_checkpoints_are_as_large_as_said(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "run", "emoji", model={"hidden_size": 192, "depth": 3})
-    said = plan(recipe, [1]).checkpoint
+    said = plan(recipe, PlanOptions((1,))).checkpoint
     train(recipe, Console(quiet=True))
     folders = checkpoints(tmp_path / "run")
     for folder in folders:
@@ -128,17 +129,17 @@ def _size(folder: Path) -> int:
 def test_what_does_not_fit_and_what_would() -> None:
     recipe = parse_recipe({"model": {"preset": "dip-s/16", "depth": 4}, "data": {"resolution": 256}})
     recipe.training.batch_size = 4096
-    (row,) = plan(recipe, [8], "RTX 4090").rows
+    (row,) = plan(recipe, FEW_SMALL).rows
     assert row.memory > 0.9 * 24e9 and "do not fit 21.6 GB" in row.warning
     recipe.training.gradient_accumulation = int(re.search(r"gradient_accumulation (\d+)", row.warning)[1])
-    (row,) = plan(recipe, [8], "RTX 4090").rows
+    (row,) = plan(recipe, FEW_SMALL).rows
     assert row.warning is None and row.images == 512 // recipe.training.gradient_accumulation
-    (row,) = plan(parse_recipe({"model": WIDE, "data": {"resolution": 256}}), [8], "RTX 4090").rows
+    (row,) = plan(parse_recipe({"model": WIDE, "data": {"resolution": 256}}), FEW_SMALL).rows
     assert "however few the images" in row.warning
 
 
 def test_speed_of_fp32_is_not_guessed() -> None:
-    planned = plan(parse_recipe({"model": TINY_MODEL, "training": {"precision": "fp32"}}), [8])
+    planned = plan(parse_recipe({"model": TINY_MODEL, "training": {"precision": "fp32"}}), PlanOptions((8,)))
     assert planned.rows[0].seconds is None and any("fp32" in note for note in planned.notes)
 
 
@@ -152,17 +153,17 @@ def test_classes(picture_folder: Path) -> None:
 def test_a_model_to_start_from(tmp_path: Path) -> None:
     train(tiny_recipe(tmp_path / "run", "emoji", training={"steps": 1}), Console(quiet=True))
     recipe = parse_recipe({"model": {"pretrained": str(tmp_path / "run"), "lora_rank": 2}})
-    (row,) = plan(recipe, [2]).rows
+    (row,) = plan(recipe, PlanOptions((2,))).rows
     assert 0 < row.state["buckets"] < row.state["weights"] / 4
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--plan-device", "H1000"], "perhaps 'H100'"),
-        (["--plan-device", "abacus"], "there are H200, H100 PCIe, H100"),
-        (["--plan-devices", "8", "0"], "--plan-devices: input should be greater than or equal to 1, found 0"),
-        (["--plan-utilisation", "1.5"], "--plan-utilisation: input should be"),
+        (["--plan.device", "H1000"], "perhaps 'H100'"),
+        (["--plan.device", "abacus"], "there are H200, H100 PCIe, H100"),
+        (["--plan.devices", "8", "0"], "--plan.devices: input should be greater than or equal to 1, found 0"),
+        (["--plan.utilisation", "1.5"], "--plan.utilisation: input should be"),
         (["--training.gradient-accumulation", "3"], "must be a multiple of 3"),
         (["--model.preset", "dip-s/15"], "no preset"),
         (["--model.pretrained", "owner/name"], "run folders and saved models of this machine only"),
@@ -172,3 +173,8 @@ def test_mistakes(flags: list[str], message: str, capsys: pytest.CaptureFixture)
     assert main(["train", "my-images", "--plan", *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_options_of_a_plan_start_no_training(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "demo", "--plan.price", "2"]) == 2
+    assert "belong to --plan" in capsys.readouterr().err

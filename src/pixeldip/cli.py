@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,11 +15,12 @@ from .errors import UserError
 from .recipe import (
     EvaluationOptions,
     ModelSection,
-    NonNegative,
+    PlanOptions,
     Positive,
     Recipe,
     SamplingSettings,
     check_flags,
+    check_values,
     load_recipe,
     parse_recipe,
     recipe_values,
@@ -70,27 +71,12 @@ def demo(arguments: list[str]) -> int:
 
 
 @dataclass
-class PlanOptions:
-    """What a training would take, on paper: --plan opens no data, starts nothing and writes nothing."""
-
-    plan: bool = False
-    """Print parameters, memory, FLOPs, time and checkpoint sizes, and what would not fit; the last line is JSON."""
-    plan_devices: tuple[Positive, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
-    """Numbers of devices, each a process of DistributedDataParallel."""
-    plan_device: str = "H100"
-    """H100, H200, A100, L40S, "RTX 4090" or "H100 PCIe", with the speed and memory of its data sheet."""
-    plan_utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the published bf16 speed that a step's FLOPs reach. Llama 3's training reached 0.38 to 0.43 on H100s."""
-    plan_price: Annotated[float, Field(gt=0)] | None = None
-    """Of one device for one hour; without it no cost is given."""
-    plan_classes: NonNegative | None = None
-    """None: those that data.source's folders or schema show, or ImageNet's 1000."""
-
-
-@dataclass
 class TrainArguments:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
-    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
+    plan: bool = False
+    """Train nothing: print parameters, memory, FLOPs, time and checkpoint sizes of the recipe, and what would not fit.
+    The last line is JSON."""
+    plan_options: Annotated[PlanOptions, tyro.conf.arg(name="plan")] = field(default_factory=PlanOptions)
 
 
 def train(arguments: list[str]) -> int:
@@ -108,16 +94,18 @@ def train(arguments: list[str]) -> int:
         description="Train a model, or resume the run in --out. RECIPE is a YAML file or the name of a packaged "
         "recipe (default: my-images); every flag overrides one of its values. --model.preset and --model.pretrained "
         "take the place of all the recipe's sizes.",
-        default=TrainArguments(default, PlanOptions()),
+        default=TrainArguments(default),
         args=arguments[len(positional) :],
     )
     recipe = parse_recipe(recipe_values(parsed.recipe), where="flags")
-    if parsed.options.plan:
-        check_flags(parsed.options)
+    if parsed.plan:
+        check_values(parsed.plan_options, lambda name: f"--plan.{name}")
         from .plan import plan_command
 
-        plan_command(recipe, parsed.options)
+        plan_command(recipe, parsed.plan_options)
         return 0
+    if parsed.plan_options != PlanOptions():
+        raise UserError("the --plan.… flags belong to --plan; add it, or leave them out to train")
     from .training import train as run_training
 
     outcome = run_training(recipe)

@@ -95,6 +95,8 @@ def class_count(section: DataSection) -> int | None:
 
     if section.label_column == "none":
         return 0
+    if not section.source:
+        return None
     try:
         builder, arguments = _builder(section.source)
     except UserError:

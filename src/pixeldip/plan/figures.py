@@ -1,7 +1,7 @@
 """What a recipe needs on so many devices: a function of the recipe, which opens no data and starts nothing."""
 
+import dataclasses
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..data import class_count
 from ..errors import UserError
 from ..model import DiP
 from ..processes import precision_name
-from ..recipe import Recipe
+from ..recipe import PlanOptions, Recipe
 from ..run_folder import NETWORK, resolve_model
 from ..training.devices import DEVICES
 from ..training.preparation import check_recipe, model_config
@@ -21,7 +21,6 @@ from .encoder import encoder_on_paper
 from .step import PaperStep, size_of
 
 USABLE = 0.9  # of a device's memory; the rest is CUDA's own, its libraries' workspaces and fragmentation
-UTILISATION = 0.4  # Llama 3's training reached 0.38 to 0.43 on H100s (Grattafiori et al. 2024, Table 4)
 IMAGENET_CLASSES = 1000
 
 
@@ -70,45 +69,29 @@ class Plan:
     config: dict[str, Any]
     parameters: dict[str, int]
     precision: str
-    device: str
-    utilisation: float
-    price: float | None
+    options: PlanOptions
     checkpoint: Checkpoint
     rows: list[Row]
     notes: list[str]
 
 
-def plan(
-    recipe: Recipe,
-    devices: Sequence[int],
-    device: str = "H100",
-    utilisation: float = UTILISATION,
-    price: float | None = None,
-    classes: int | None = None,
-) -> Plan:
+def plan(recipe: Recipe, options: PlanOptions) -> Plan:
     """What training takes on each number of devices.
-
-    Args:
-        device: a name of `pixeldip.training.devices.DEVICES`.
-        utilisation: share of the published bf16 speed that the FLOPs of a step reach.
-        price: of one device for one hour, in any currency.
-        classes: None: as many as the data source shows, or ImageNet's.
 
     Raises:
         UserError: if the recipe cannot be trained on any number of devices, or the device is not known.
     """
-    if device not in DEVICES:
-        near = difflib.get_close_matches(device.upper(), DEVICES, n=1)
+    if options.device not in DEVICES:
+        near = difflib.get_close_matches(options.device.upper(), DEVICES, n=1)
         hint = f"perhaps {near[0]!r}" if near else f"there are {', '.join(DEVICES)}"
-        raise UserError(f"no device {device!r}; {hint}")
+        raise UserError(f"no device {options.device!r}; {hint}")
     notes = []
     trained = _trained_config(recipe)
     check_recipe(recipe, 1, trained)
+    classes = class_count(recipe.data) if options.classes is None else options.classes
     if classes is None:
-        classes = class_count(recipe.data)
-        if classes is None:
-            classes = IMAGENET_CLASSES
-            notes.append(f"{classes} classes, as in ImageNet: data.source does not tell (--plan-classes)")
+        classes = IMAGENET_CLASSES
+        notes.append(f"{classes} classes, as in ImageNet: data.source does not show how many; --plan.classes does")
     encoder, said = encoder_on_paper(recipe.alignment) if recipe.alignment.weight else (None, None)
     notes += [said] if said else []
     precision = torch.float32 if recipe.training.precision == "fp32" else torch.bfloat16
@@ -118,17 +101,14 @@ def plan(
         notes.append("no times: the published speed is bf16's, and the recipe computes in fp32")
     else:
         notes.append("that share of the speed is a large language model's; small models stay far below it")
-    speed_share = utilisation if precision == torch.bfloat16 else None
     return Plan(
         recipe,
         config,
         _parameters(step),
         precision_name(precision),
-        device,
-        utilisation,
-        price,
+        options,
         checkpoint_size(recipe, step),
-        [_row(recipe, step, device, speed_share, price, n) for n in devices],
+        [_row(recipe, step, options, n) for n in options.devices],
         notes,
     )
 
@@ -178,10 +158,8 @@ def checkpoint_size(recipe: Recipe, step: PaperStep) -> Checkpoint:
     return Checkpoint(training_state, state["average"], (recipe.training.keep_last + 1) * whole)
 
 
-def _row(
-    recipe: Recipe, step: PaperStep, device: str, utilisation: float | None, price: float | None, devices: int
-) -> Row:
-    training, published = recipe.training, DEVICES[device]
+def _row(recipe: Recipe, step: PaperStep, options: PlanOptions, devices: int) -> Row:
+    training, published = recipe.training, DEVICES[options.device]
     passes = training.gradient_accumulation
     if training.batch_size % (devices * passes):
         return Row(devices, warning=_cannot_split(devices, training.batch_size, passes))
@@ -189,23 +167,17 @@ def _row(
     state = state_bytes(step, devices)
     peak = step.peak_bytes(images, training.gradient_checkpointing, passes > 1)
     flops = passes * step.flops(images)
-    seconds = flops / (published.flops * utilisation) if utilisation else None
-    run_seconds = training.steps * seconds if seconds else None
-    device_hours = devices * run_seconds / 3600 if run_seconds else None
     warning = None
     if sum(state.values()) + peak > USABLE * published.memory:
-        warning = _does_not_fit(recipe, step, device, devices, images, sum(state.values()), peak)
-    return Row(
-        devices,
-        images,
-        state,
-        peak,
-        devices * flops,
-        seconds,
-        run_seconds,
-        device_hours,
-        price * device_hours if price and device_hours else None,
-        warning,
+        warning = _does_not_fit(recipe, step, options.device, devices, images, sum(state.values()), peak)
+    row = Row(devices, images, state, peak, devices * flops, warning=warning)
+    if step.precision == torch.float32:
+        return row
+    seconds = flops / (published.flops * options.utilisation)
+    hours = devices * training.steps * seconds / 3600
+    cost = None if options.price is None else options.price * hours
+    return dataclasses.replace(
+        row, seconds=seconds, run_seconds=training.steps * seconds, device_hours=hours, cost=cost
     )
 
 

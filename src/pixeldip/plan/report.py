@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +23,8 @@ ALWAYS_SAID = (
 
 def show(plan: Plan, console: Console) -> None:
     """Prints the plan as sentences, a table of one row per number of devices, warnings, and what was assumed."""
-    training, published, checkpoint = plan.recipe.training, DEVICES[plan.device], plan.checkpoint
+    training, options, checkpoint = plan.recipe.training, plan.options, plan.checkpoint
+    published = DEVICES[options.device]
     height, width = image_size(plan.recipe.data)
     how = [plan.precision]
     how += ["with gradient checkpointing"] if training.gradient_checkpointing else []
@@ -30,8 +32,8 @@ def show(plan: Plan, console: Console) -> None:
     lines = [
         f"parameters: {_listed({name: count / 1e6 for name, count in plan.parameters.items()})} million",
         f"{training.steps} steps of {training.batch_size} images of {height}x{width}, {', '.join(how)}",
-        f"{plan.device}: {published.flops / 1e12:.0f} TFLOP/s in its data sheet, of which a step reaches "
-        f"{plan.utilisation:.0%}; {published.memory / 1e9:.0f} GB, of which {USABLE:.0%} are usable",
+        f"{options.device}: {published.flops / 1e12:.0f} TFLOP/s in its data sheet, of which a step reaches "
+        f"{options.utilisation:.0%}; {published.memory / 1e9:.0f} GB, of which {USABLE:.0%} are usable",
     ]
     state = next((row.state for row in reversed(plan.rows) if row.state), None)
     if state:
@@ -53,10 +55,10 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def _table(plan: Plan) -> Table:
-    columns = ["devices", "images", "GB", "TFLOP", "s/step", "images/s", "h:mm:ss", "device hours"]
-    table = Table()
-    for column in columns + (["cost"] if plan.price is not None else []):
-        table.add_column(column, justify="right")
+    columns = ["devices", "images", "GB", "TFLOP", "s/step", "images/s", "h:mm:ss", "device h"]
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in columns + (["cost"] if plan.options.price is not None else []):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in plan.rows:
         table.add_row(*_cells(row, plan), style="yellow" if row.warning else None)
     return table
@@ -79,6 +81,7 @@ def record(plan: Plan) -> dict[str, Any]:
     return {
         **values,
         "recipe": recipe_values(plan.recipe),
+        "options": dataclasses.asdict(plan.options),
         "checkpoint": dataclasses.asdict(plan.checkpoint),
         "rows": [{**dataclasses.asdict(row), "memory": row.memory} for row in plan.rows],
         "environment": {"command": command(), "pixeldip": __version__},
