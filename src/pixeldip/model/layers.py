@@ -77,17 +77,17 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q, k, v (B, h, N, d).
 
-    In bf16 on a CPU torch's fused kernel is the slower way where tokens are few (benchmarks/LOG.md); there it is used
-    only within a `torch.nn.attention.sdpa_kernel` that rules the unfused way out.
+    In bf16 on a CPU torch's fused kernel is the slower way where tokens are few (benchmarks/LOG.md).
     """
-    few = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW_TOKENS
-    if few and torch.backends.cuda.math_sdp_enabled():
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= FEW_TOKENS:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
     """Self-attention with RMS-normalised queries and keys and 2-D rotary positions."""
+
+    attend = staticmethod(attend)
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d)
         q = apply_rope(self.q_norm(q), rope)
         k = apply_rope(self.k_norm(k), rope)
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):

@@ -56,7 +56,7 @@ def show(plan: Plan, console: Console) -> None:
 
 def _table(plan: Plan) -> Table:
     columns = ["devices", "images", "GB", "TFLOP", "s/step", "images/s", "h:mm:ss", "device h"]
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns + (["cost"] if plan.options.price is not None else []):
         table.add_column(column, justify="right", no_wrap=True)
     for row in plan.rows:

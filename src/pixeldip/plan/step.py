@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..bench.timing import count_flops
 from ..model import DiP
-from ..model.layers import RMSNorm
+from ..model.layers import Attention, RMSNorm
 from ..processes import autocast
 from ..recipe import Recipe, image_size
 from ..training.alignment import AlignedDiP, Alignment
@@ -68,6 +69,8 @@ class PaperStep:
             for module in self.network.modules():
                 if isinstance(module, RMSNorm):
                     module.forward = functools.partial(_fused_norm, module)
+                elif isinstance(module, Attention):
+                    module.attend = F.scaled_dot_product_attention
         self._flops: tuple[int, int] | None = None
         self._timelines: dict[tuple[bool, bool], tuple[np.ndarray, np.ndarray]] = {}
 
