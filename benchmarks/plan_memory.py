@@ -2,12 +2,13 @@
 
     python benchmarks/plan_memory.py [--out FILE]
 
-Each case trains two steps in a process of its own, with AdamW and the average as the trainer holds them. On a CUDA
-device the figure is torch's peak of allocated memory, against the plan's; on a CPU the peak of the process's resident
-memory less that before the model was built, against the plan's count for the CPU's own kernels.
+Each case trains two steps in a process of its own, with AdamW and the average as the trainer holds them. Measured is
+the peak of what torch's allocator had handed out: on a CUDA device as torch counts it, on a CPU as its profiler saw it
+(against the plan's count for the CPU's own kernels), with the growth of the process's resident memory beside it.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -42,18 +43,26 @@ def case_recipe(preset: str, pixels: int, images: int, precision: str, checkpoin
     return parse_recipe({"model": {"preset": preset}, "data": {"resolution": pixels}, "training": training})
 
 
-def measure(case: tuple) -> int:
+def measure(case: tuple) -> dict[str, int]:
     """Bytes at the peak of two steps."""
     recipe, device = case_recipe(*case), choose_device("auto")
     small = parse_recipe({"data": {"resolution": 32}, "training": {"batch_size": 1, "precision": case[3]}})
     _train(DiP(hidden_size=64, depth=1, num_heads=1, head_width=8), small, device)  # libraries are loaded
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    _train(DiP(**model_config(recipe.model, 1000)), recipe, device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        _train(DiP(**model_config(recipe.model, 1000)), recipe, device)
+        return {"allocated_bytes": torch.cuda.max_memory_allocated()}
+    before = _most_resident()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _train(DiP(**model_config(recipe.model, 1000)), recipe, device)
+    resident = _most_resident() - before
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return {"allocated_bytes": max(itertools.accumulate(changes)), "resident_bytes": resident}
+
+
+def _most_resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _train(model: DiP, recipe, device: torch.device) -> None:
@@ -88,17 +97,18 @@ def main() -> None:
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case is not None:
-        print(measure(CASES[arguments.case]))
+        print(json.dumps(measure(CASES[arguments.case])))
         return
     device = choose_device("auto")
     rows = []
     for i, case in enumerate(CASES):
         command = [sys.executable, __file__, "--case", str(i)]
-        measured = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        said = planned(case, device)
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        measured, said = json.loads(output.splitlines()[-1]), planned(case, device)
         names = ("model", "pixels", "images", "precision", "gradient_checkpointing")
-        rows.append({**dict(zip(names, case)), "planned_bytes": said, "measured_bytes": measured})
-        print(*case, f"planned {said / 1e9:.3f} GB, measured {measured / 1e9:.3f} GB, ratio {said / measured:.3f}")
+        rows.append({**dict(zip(names, case)), "planned_bytes": said, **measured})
+        shown = ", ".join(f"{name} {value / 1e9:.3f}" for name, value in measured.items())
+        print(*case, f"planned {said / 1e9:.3f}, {shown}; planned / allocated {said / measured['allocated_bytes']:.3f}")
     line = json.dumps({"benchmark": "plan_memory", "rows": rows, "environment": environment(Processes(0, 1, device))})
     print(line)
     if arguments.out:
