@@ -83,6 +83,12 @@ def test_two_train_as_one(shard: bool, alone: Recipe, tmp_path: Path) -> None:
         assert max(sizes) < 0.6 * sum(sizes)
 
 
+def test_in_bf16_parts_are_as_near_as_the_whole_is(alone: Recipe, tmp_path: Path) -> None:
+    assert launch(alone, tmp_path / "run", 2, shard=True, precision="bf16").returncode == 0
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(alone.out), rtol=0.03, atol=0)
+    assert not torch.equal(losses(tmp_path / "run"), losses(alone.out))
+
+
 def test_a_run_goes_on_with_other_processes(alone: Recipe, tmp_path: Path) -> None:
     """Four sharded, then two sharded, then one, then two whole: as one all along."""
     run, step = tmp_path / "run", 0

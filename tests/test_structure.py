@@ -27,6 +27,7 @@ ORDER = [
     "convert",
     "training",
     "bench",
+    "plan",
     "report",
     "studies",
     "demo",

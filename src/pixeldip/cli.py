@@ -3,7 +3,7 @@
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +14,12 @@ from .errors import UserError
 from .recipe import (
     EvaluationOptions,
     ModelSection,
+    PlanOptions,
     Positive,
     Recipe,
     SamplingSettings,
     check_flags,
+    check_values,
     load_recipe,
     parse_recipe,
     recipe_values,
@@ -68,6 +70,15 @@ def demo(arguments: list[str]) -> int:
     return run_demo(tyro.cli(DemoArguments, prog="pixeldip demo", args=arguments))
 
 
+@dataclass
+class TrainArguments:
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    plan: bool = False
+    """Train nothing: print parameters, memory, FLOPs, time and checkpoint sizes of the recipe, and what would not fit.
+    The last line is JSON."""
+    plan_options: Annotated[PlanOptions, tyro.conf.arg(name="plan")] = field(default_factory=PlanOptions)
+
+
 def train(arguments: list[str]) -> int:
     """Train a model, or resume its run: pixeldip train [RECIPE.yaml] [--section.key value]."""
     positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
@@ -77,16 +88,24 @@ def train(arguments: list[str]) -> int:
         default.model = ModelSection()
     elif "--model.preset" in named:
         default.model = ModelSection(prediction=default.model.prediction)
-    recipe = tyro.cli(
-        Recipe,
+    parsed = tyro.cli(
+        TrainArguments,
         prog="pixeldip train [RECIPE]",
         description="Train a model, or resume the run in --out. RECIPE is a YAML file or the name of a packaged "
         "recipe (default: my-images); every flag overrides one of its values. --model.preset and --model.pretrained "
         "take the place of all the recipe's sizes.",
-        default=default,
+        default=TrainArguments(default),
         args=arguments[len(positional) :],
     )
-    recipe = parse_recipe(recipe_values(recipe), where="flags")
+    recipe = parse_recipe(recipe_values(parsed.recipe), where="flags")
+    if parsed.plan:
+        check_values(parsed.plan_options, lambda name: f"--plan.{name}")
+        from .plan import plan_command
+
+        plan_command(recipe, parsed.plan_options)
+        return 0
+    if parsed.plan_options != PlanOptions():
+        raise UserError("the --plan.… flags belong to --plan; add it, or leave them out to train")
     from .training import train as run_training
 
     outcome = run_training(recipe)

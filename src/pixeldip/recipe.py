@@ -282,6 +282,23 @@ class Recipe:
     logging: LoggingSection = field(default_factory=LoggingSection)
 
 
+@dataclass
+class PlanOptions:
+    """What `pixeldip train --plan` reckons with."""
+
+    devices: tuple[Positive, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    """Numbers of devices, with one process of DistributedDataParallel each."""
+    device: str = "H100"
+    """H100, H200, A100, L40S, "RTX 4090" or "H100 PCIe": speed and memory of its data sheet."""
+    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of that speed, in bf16, which the FLOPs of a step reach. Llama 3's training reached 0.38 to 0.43 on H100s
+    (Grattafiori et al. 2024, Table 4)."""
+    price: Annotated[float, Field(gt=0)] | None = None
+    """Of one device for one hour; None: no cost."""
+    classes: NonNegative | None = None
+    """None: those that data.source's folders or schema show, or ImageNet's 1000."""
+
+
 _ADAPTER = TypeAdapter(Recipe)
 
 

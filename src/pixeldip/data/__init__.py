@@ -4,7 +4,7 @@ from .fingerprint import changes, fingerprint
 from .loader import Batch, Batches, TrainingImages, check_broken, report_broken
 from .npz import NpzFile, NpzImages, NpzWriter
 from .order import EpochOrder, PositionSampler
-from .sources import Source, open_source
+from .sources import Source, class_count, open_source
 from .transforms import BrokenImage, centre_crop, decode
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "centre_crop",
     "changes",
     "check_broken",
+    "class_count",
     "decode",
     "fingerprint",
     "open_source",

@@ -128,6 +128,37 @@ def open_source(section: DataSection) -> Source:
     return replace(_with_columns(rows, section), no_files=tuple(no_files))
 
 
+def class_count(section: DataSection) -> int | None:
+    """How many classes a source has, as far as that shows without opening it; None: it does not.
+
+    It shows in the folders of images, and in the schema of parquet files.
+    """
+    import datasets
+    from pyarrow import parquet
+
+    if section.label_column == "none":
+        return 0
+    if not section.source:
+        return None
+    try:
+        builder, arguments, _ = _builder(section.source, section.split)
+    except UserError:
+        return None
+    if builder == "imagefolder" and not section.label_column:
+        folders = _walk(os.path.expanduser(section.source))
+        names = {Path(folder).name for folder, files in folders if any(_is_image(name) for name in files)}
+        return len(names) if len(names) > 1 else 0
+    if builder == "parquet":
+        files = next(iter(arguments["data_files"].values()))
+        schema = parquet.read_schema(glob.glob(files if isinstance(files, str) else files[0])[0])
+        features = datasets.Features.from_arrow_schema(schema)
+        column = section.label_column or _class_column(features)
+        if column is None:
+            return 0
+        return getattr(features.get(column), "num_classes", None)
+    return None
+
+
 def _builder(source: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
     """What `load_dataset` is asked for, and the files with names of images that it passes over."""
     path = Path(os.path.expanduser(source))
@@ -148,7 +179,7 @@ def _builder(source: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
                 raise UserError(f"data.source {source}: more than {_MOST_FOLDERS} folders, those behind links included")
             for name in names:
                 suffix = os.path.splitext(name)[1].lower()
-                has_images |= suffix in _IMAGE_SUFFIXES
+                has_images |= _is_image(name)
                 if suffix in shards:
                     shards[suffix].append(os.path.join(folder, name))
         for suffix, builder in BUILDERS.items():
@@ -176,6 +207,10 @@ def _walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str
         yield from _walk(os.path.join(folder, name), (*above, real))
 
 
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
+
+
 def _image_folder(path: Path, split: str) -> tuple[dict[str, Any], list[str]]:
     """What the `imagefolder` builder is asked for. It follows links to files, but itself neither follows those to
     folders nor tells of those that lead nowhere."""
@@ -184,7 +219,7 @@ def _image_folder(path: Path, split: str) -> tuple[dict[str, Any], list[str]]:
     for folder, names in _walk(root):
         if os.path.islink(folder) and folder != str(path):
             linked.append(folder)
-        files = (os.path.join(folder, name) for name in names if os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES)
+        files = (os.path.join(folder, name) for name in names if _is_image(name))
         no_files += [file for file in files if not os.path.isfile(file)]
     if not linked or (root == path and split != "train"):
         return {"data_dir": glob.escape(str(path))}, no_files

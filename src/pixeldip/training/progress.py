@@ -19,26 +19,9 @@ from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
 from ..terminal import clock, warn
-
-# Dense bf16 matrix throughput of the makers' data sheets, FLOP/s, for model FLOPs utilisation
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+from .devices import peak_flops
 
 SLOW_IMAGES = 0.1  # of the time, waited for images, from which on the log says so
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 FLOP/s of a CUDA device, or None where we do not know it."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
 def training_flops(model: nn.Module, height: int, width: int) -> int:

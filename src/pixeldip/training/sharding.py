@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..model import DiP
@@ -17,17 +17,22 @@ from ..processes import Processes
 from .pretrained import network_config
 
 
-def shard(network: nn.Module, processes: Processes) -> None:
+def shard(network: nn.Module, processes: Processes, precision: torch.dtype) -> None:
     """Leaves each process its part of every parameter, on its device. Give it the whole network on the CPU.
 
     Each DiT block is gathered by itself; embeddings and heads together, with the first of them.
+
+    Args:
+        precision: weights are gathered in it; autocast would keep such copies of all of them until the backward pass.
+            The parts stay float32, and gradients are summed in it.
     """
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     network.to(memory_format=torch.contiguous_format)  # the only one that can be cut
     dip = network if isinstance(network, DiP) else network.model
     for block in dip.backbone.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -34,6 +34,7 @@ from ..saved_model import check_saved_model
 from ..terminal import PlainConsole, warn
 from .alignment import AlignedDiP, Alignment, load_alignment
 from .checkpoint import Checkpoints, load_checkpoint, sound_checkpoint
+from .devices import peak_flops
 from .divergence import Watch, check_divergence, spreading
 from .ema import EMA
 from .failures import explained
@@ -50,7 +51,7 @@ from .preparation import (
 )
 from .pretrained import add_adapters, load_pretrained, network_config, read_start, start_from
 from .preview import save_preview
-from .progress import Progress, peak_flops, training_flops
+from .progress import Progress, training_flops
 from .run_lock import only_run
 from .schedule import draw, learning_rate
 from .sharding import is_sharded, shard, whole_model, whole_tensor
@@ -119,7 +120,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     ema = EMA(model, training.ema_decay)
     for part in (network, ema.model):
         if training.shard and processes.world_size > 1:
-            shard(part, processes)
+            shard(part, processes, choose_precision(training.precision, processes.device))
         else:
             part.to(processes.device)
     optimizer = torch.optim.AdamW(
