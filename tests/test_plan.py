@@ -31,7 +31,7 @@ FEW_SMALL = PlanOptions((8,), "RTX 4090")
 def test_every_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe(name)
-    recipe.model.depth, recipe.alignment.block = 2, 1  # the blocks are alike
+    recipe.model.depth, recipe.alignment.block = 1, 1  # the blocks are alike
     rows = plan(recipe, PlanOptions((1, 2, 1024), "H200")).rows
     assert rows[0].memory > 16 * rows[0].images and rows[0].run_seconds > rows[1].run_seconds > 0
     assert rows[1].state["buckets"] == rows[1].state["AdamW"] / 2 and "buckets" not in rows[0].state
@@ -126,7 +126,7 @@ def _size(folder: Path) -> int:
 
 
 def test_what_does_not_fit_and_what_would() -> None:
-    recipe = parse_recipe({"model": {"preset": "dip-s/16", "depth": 4}, "data": {"resolution": 256}})
+    recipe = parse_recipe({"model": {"preset": "dip-s/16", "depth": 1}, "data": {"resolution": 256}})
     recipe.training.batch_size = 4096
     (row,) = plan(recipe, FEW_SMALL).rows
     assert row.memory > 0.9 * 24e9 and "do not fit 21.6 GB" in row.warning
