@@ -138,8 +138,8 @@ def test_what_does_not_fit_and_what_would() -> None:
 
 
 def test_sharded_it_is_divided() -> None:
-    recipe = parse_recipe({"model": {"preset": "dip-s/16", "depth": 4}, "data": {"resolution": 256}})
-    recipe.training.batch_size = 64
+    recipe = parse_recipe({"model": {"preset": "dip-s/16"}, "data": {"resolution": 64}})
+    recipe.training.batch_size = 8
     (whole,) = plan(recipe, PlanOptions((8,))).rows
     recipe.training.shard = True
     alone, parts = plan(recipe, PlanOptions((1, 8))).rows
@@ -147,8 +147,7 @@ def test_sharded_it_is_divided() -> None:
         assert parts.state[name] == pytest.approx(whole.state[name] / 8) and alone.state[name] == whole.state[name]
     weights = whole.state["weights"]
     assert parts.state["gradients"] == pytest.approx(weights / 8) and "buckets" not in parts.state
-    # of a pass, neither gradients nor autocast's copies of the weights are left, but two blocks in half precision
-    assert whole.step - 1.5 * weights < parts.step < whole.step
+    assert whole.step > weights > parts.step  # all gradients at the end of a pass; but activations and two blocks
     assert parts.flops == whole.flops
 
 

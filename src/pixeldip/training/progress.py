@@ -25,12 +25,21 @@ SLOW_IMAGES = 0.1  # of the time, waited for images, from which on the log says 
 
 
 def training_flops(model: nn.Module, height: int, width: int) -> int:
-    """FLOPs of one image's forward and backward pass (three forward passes), as torch counts them."""
+    """FLOPs of one image's forward and backward pass (three forward passes), as torch counts them.
+
+    It is what an image more in a batch takes: kernels that are composed once for a batch do not count.
+    """
+    one, two = (_forward_flops(model, images, height, width) for images in (1, 2))
+    return 3 * (two - one)
+
+
+def _forward_flops(model: nn.Module, images: int, height: int, width: int) -> int:
     device = next(model.parameters()).device
-    x = torch.zeros(1, model.config.in_channels, height, width, device=device)
+    x = torch.zeros(images, model.config.in_channels, height, width, device=device)
+    t, y = torch.zeros(images, device=device), torch.zeros(images, dtype=torch.long, device=device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, torch.zeros(1, device=device), torch.zeros(1, dtype=torch.long, device=device))
-    return 3 * counter.get_total_flops()
+        model(x, t, y)
+    return counter.get_total_flops()
 
 
 class Progress:
