@@ -67,10 +67,10 @@ def save_checkpoint(
     except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:  # of torch's writer, which does not say why
+        reason = _reason(error, run)
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{folder}: could not be written ({_reason(error, run)}); earlier checkpoints are intact. Put it right, "
-            f"and {RESUME}"
+            f"{folder}: could not be written ({reason}); earlier checkpoints are intact. Put it right, and {RESUME}"
         ) from error
     return folder
 
