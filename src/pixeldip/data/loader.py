@@ -1,6 +1,5 @@
 """Batches of a run: decoded, cropped, in an order that depends on (seed, position) alone."""
 
-import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,9 +150,7 @@ class Batches(Iterator[Batch]):
             # workers draw nothing at random; a generator of its own keeps the loader off the global one
             generator=torch.Generator().manual_seed(0),
         )
-        others = set(multiprocessing.active_children())
         self._batches = iter(loader)
-        self._workers = set(multiprocessing.active_children()) - others
         self.waited = 0.0
         """Seconds spent waiting for a batch so far."""
 
@@ -161,9 +158,7 @@ class Batches(Iterator[Batch]):
         began = time.perf_counter()
         try:
             batch = next(self._batches)
-        except RuntimeError:  # a worker has died, or hangs: asked to end, it would not
-            for worker in self._workers:
-                worker.kill()
-            raise
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError("DataLoader worker (pid unknown) exited while it handed over a batch") from error
         self.waited += time.perf_counter() - began
         return batch

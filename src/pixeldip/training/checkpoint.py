@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,16 @@ class Checkpoints:
         for leftover in folder.parent.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover)
 
-    def _guarded(self, folder: Path, write: Any) -> None:
+    def _guarded(self, folder: Path, write: Callable[[], None]) -> None:
         try:
             write()
         except torch.OutOfMemoryError:
             raise
         except (OSError, SafetensorError, RuntimeError) as error:  # of torch's writer, which does not say why
+            reason = _reason(error, self.run)
             shutil.rmtree(folder.with_name(f"{_PARTIAL}{folder.name}"), ignore_errors=True)
             raise UserError(
-                f"{folder}: could not be written ({_reason(error, self.run)}); earlier checkpoints are intact. Put it "
-                f"right, and {RESUME}"
+                f"{folder}: could not be written ({reason}); earlier checkpoints are intact. Put it right, and {RESUME}"
             ) from error
 
 
