@@ -1,10 +1,12 @@
 """Sources, decoding, crops, order, broken files."""
 
 import io
+import re
 import shutil
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,29 @@ def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Pa
         for position in range(12):
             (a, label_a, *_), (b, label_b, *_) = folder[position], other[position]
             assert (a == b).all() and label_a == label_b
+
+
+def test_shards_in_an_object_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """fsspec's store in memory is read as those behind a network are."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    bundled = open_source(DataSection(source="emoji"))
+    half = len(bundled) // 2
+    store = fsspec.filesystem("memory")
+    for name, rows in {"b": range(half, len(bundled)), "a": range(half)}.items():
+        bundled.rows.select(rows).to_parquet(tmp_path / name)
+        store.pipe(f"/bucket/shards/{name}.parquet", (tmp_path / name).read_bytes())
+    far = open_source(DataSection(source="memory://bucket/shards"))
+    assert far.class_names == bundled.class_names
+    assert [far.read(i)[:2] for i in range(len(far))] == [bundled.read(i)[:2] for i in range(len(bundled))]
+    (one,) = {len(open_source(DataSection(source=f"memory://bucket/shards/{name}.parquet"))) for name in "ab"}
+    assert one == half
+    for source, message in {
+        "memory://bucket/empty": "no .parquet or .tar files there",
+        "teapot://bucket/shards": "cannot be reached (Protocol not known: teapot)",
+        "gs://bucket/shards": "gcsfs",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            open_source(DataSection(source=source))
 
 
 def test_bundled_pictures() -> None:

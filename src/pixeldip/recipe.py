@@ -69,7 +69,7 @@ class DataSection:
 
     source: str = ""
     """An image folder (a class per sub-folder, or none), a folder of parquet or webdataset shards, one such
-    file, a hub id, or "emoji", the bundled set."""
+    file, either at an address that fsspec knows (s3://…), a hub id, or "emoji", the bundled set."""
     split: str = "train"
     resolution: Positive | tuple[Positive, Positive] = 64
     """Pixels: one number, or height and width; both multiples of the patch size."""

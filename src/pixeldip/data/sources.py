@@ -138,7 +138,7 @@ def class_count(section: DataSection) -> int | None:
 
     if section.label_column == "none":
         return 0
-    if not section.source:
+    if not section.source or "://" in section.source:
         return None
     try:
         builder, arguments, _ = _builder(section.source, section.split)
@@ -188,9 +188,28 @@ def _builder(source: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
         if not has_images:
             raise UserError(f"data.source {source}: no image, .parquet or .tar files in this folder")
         return "imagefolder", *_image_folder(path, split)
+    if "://" in source:
+        return *_remote(source), []
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/"):
         return source, {}, []
     raise UserError(f"data.source {source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
+
+
+def _remote(source: str) -> tuple[str, dict[str, Any]]:
+    """Shards at an address that fsspec knows, for instance in an object store. They are copied into the local cache."""
+    import fsspec
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(source)
+        files = [filesystem.unstrip_protocol(file) for file in sorted(filesystem.find(path))]
+    except ImportError as error:  # names the package for this kind of store
+        raise UserError(f"data.source {source}: {_first_line(error)}") from None
+    except Exception as error:  # each store's client raises its own kinds
+        raise UserError(f"data.source {source}: cannot be reached ({_first_line(error)})") from error
+    for suffix, builder in BUILDERS.items():
+        if shards := [file for file in files if file.lower().endswith(suffix)]:
+            return builder, {"data_files": {"train": shards}}
+    raise UserError(f"data.source {source}: no .parquet or .tar files there")
 
 
 def _walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
