@@ -24,6 +24,7 @@ from .ema import EMA
 from .failures import RESUME
 
 _PARTIAL = "partial-"
+_WRITER = "inline_container"  # in the errors of torch's writer, which do not say why
 _FULL = 2**20  # bytes free on a disk that is as good as full
 
 
@@ -64,9 +65,9 @@ def save_checkpoint(
             old.rename(old.with_name(f"{_PARTIAL}{old.name}"))  # killed in between, half of it must not look whole
         for leftover in folder.parent.glob(f"{_PARTIAL}*"):
             shutil.rmtree(leftover)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:  # of torch's writer, which does not say why
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _WRITER not in str(error):
+            raise
         reason = _reason(error, run)
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
