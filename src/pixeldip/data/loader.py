@@ -158,7 +158,8 @@ class Batches(Iterator[Batch]):
         began = time.perf_counter()
         try:
             batch = next(self._batches)
-        except (ConnectionError, EOFError) as error:
+        except (ConnectionError, EOFError) as error:  # a worker is dying while it hands over a batch
+            time.sleep(5)  # cut short by torch's own error, which would otherwise come in the middle of what follows
             raise RuntimeError("DataLoader worker (pid unknown) exited while it handed over a batch") from error
         self.waited += time.perf_counter() - began
         return batch

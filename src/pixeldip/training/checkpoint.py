@@ -146,9 +146,7 @@ class Checkpoints:
     def _guarded(self, folder: Path, write: Callable[[], None]) -> None:
         try:
             write()
-        except torch.OutOfMemoryError:
-            raise
-        except (OSError, SafetensorError, RuntimeError) as error:  # of torch's writer, which does not say why
+        except (OSError, SafetensorError) as error:
             reason = _reason(error, self.run)
             shutil.rmtree(folder.with_name(f"{_PARTIAL}{folder.name}"), ignore_errors=True)
             raise UserError(
