@@ -7,6 +7,8 @@
 # are those of launch/machine.sh.
 set -euo pipefail
 : "${HEAD:?the name of one of the machines}" "${MACHINES:?how many machines there are}"
+# each start of the processes gets a store of its own, where they do not look for those before it
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec python -m torch.distributed.run --nnodes "$MACHINES" --nproc-per-node "${PROCESSES:-gpu}" \
     --max-restarts "${RESTARTS:-3}" --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29400}" --rdzv-id pixeldip \
     -m pixeldip.cli train "$@"
