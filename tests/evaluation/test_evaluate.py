@@ -441,7 +441,7 @@ def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         (str(tmp_path / "cut.npz"), good): "cut.npz: truncated, or not an npz file",
         (str(tmp_path / "flipped.npz"), good): "flipped.npz: arr_0 is damaged (Bad CRC-32",
         (str(mixed), good): "0002.png is 20x32, the first image 32x32",
-        (str(broken), good): "0004.png: not an image",
+        (str(broken), good): "0004.png: not a picture of a kind that is read",
         (str(tmp_path / "empty"), good): "no image, .parquet or .tar files in this folder",
         (str(tmp_path / "nothing"), good): "no such folder or file",
         (good, small): "16x16, smaller than the 32x32 asked for",
