@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from ..model import DiP, check_size
@@ -22,11 +23,11 @@ from .throughput import bench_throughput
 from .training import bench_training
 
 COLUMNS = {
-    "parameters": ("M parameters", lambda value: f"{value / 1e6:.1f}"),
+    "parameters": ("M weights", lambda value: f"{value / 1e6:.1f}"),
     "milliseconds": ("ms", "{:.1f}".format),
     "spread": ("±", "{:.1f}".format),
     "gflops": ("GFLOP", "{:.0f}".format),
-    "share_of_limit": ("of the limit", "{:.0%}".format),
+    "share_of_limit": ("of limit", "{:.0%}".format),
     "images_per_second": ("images/s", "{:.3g}".format),
     "efficiency": ("efficiency", "{:.0%}".format),
     "mebibytes": ("MiB", "{:.0f}".format),
@@ -109,7 +110,10 @@ def _model(arguments: Any) -> tuple[DiP, tuple[int, int]]:
 def _table(result: Mapping[str, Any]) -> list[Any]:
     rows = result["steps"]
     columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
-    table = Table("", *(COLUMNS[column][0] for column in columns))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(COLUMNS[column][0], justify="right", no_wrap=True)
     for name, row in rows.items():
         table.add_row(name, *(COLUMNS[column][1](row[column]) for column in columns))
     lines: list[Any] = [table]
