@@ -3,8 +3,8 @@
     python benchmarks/solvers.py MODEL [--seeds 0-31] [--guidance 2] [--reference SOURCE] [--out FILE]
 
 The solution is Heun's with 1000 steps from the same noise. Errors are root mean squares over all pixels, in grey
-levels of 255. With a reference, also the kernel distance (times 1000) of EfficientNet-Lite0 features between samples and
-those images, and of the solution, beside that of the solution's two halves. Evaluations count a guided pair as one.
+levels of 255. With a reference, also the kernel distance (times 1000) of EfficientNet-Lite0 features between samples
+and those images, and of the solution, beside that of its two halves. Evaluations count a guided pair as one.
 """
 
 import argparse

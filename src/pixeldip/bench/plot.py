@@ -59,18 +59,21 @@ def _lines(record: Mapping[str, Any]) -> Figure:
     for axes, (name, points), colour in zip(columns, series.items(), SERIES):
         counts, values = zip(*points)
         axes.plot(counts, values, marker="o", color=colour)
+        highest = max(values)
         if what == "throughput":
             shares = [record["steps"][f"{name}, {count}"]["share_of_limit"] for count in counts]
             limits = [value / share for value, share in zip(values, shares)]
+            highest = max(limits)
             axes.plot(counts, limits, color=LIMIT, linewidth=1.5, linestyle="--", label="limit")
             axes.legend(frameon=False)
         elif what == "scaling":
             ideal = [values[0] * count / counts[0] for count in counts]
+            highest = max(ideal)
             axes.plot(counts, ideal, color=LIMIT, linewidth=1.5, linestyle="--", label="without loss")
             axes.legend(frameon=False)
         axes.set_title(name, fontsize=10)
         axes.set_xticks(counts)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.2 * highest)
         axes.set_xlabel("processes" if what == "scaling" else "images in a batch")
         axes.set_ylabel("MiB" if what == "memory" else "images/s")
     figure.suptitle(f"{what} at {_made_with(record)}", fontsize=10)
