@@ -101,7 +101,8 @@ def main() -> None:
     show("error", errors)
     if features:
         show("distance", distances)
-        halves = [features.of_samples(solution[k::2]) for k in (0, 1)]
+        middle = len(solution) // 2
+        halves = [features.of_samples(half) for half in (solution[:middle], solution[middle:])]
         floor = {"solution": distance(solution), "halves_of_the_solution": 1000 * kernel_distance(*halves)}
         print(", ".join(f"{name.replace('_', ' ')}: {value:.1f}" for name, value in floor.items()))
         record |= {"reference": arguments.reference, "kernel_distance_x1000": distances, **floor}
