@@ -1,6 +1,6 @@
 """What takes turns in a benchmark, and the row of figures each makes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,9 @@ class Comparison:
 
     def ratios(self) -> dict[str, float]:
         """Of every other row to the fastest of ours, within rounds."""
-        fastest = self.fastest(name for name in self.rows if name.startswith("ours"))
+        ours = [name for name in self.rows if name.startswith("ours")]
+        fastest = min(ours, key=lambda name: self.rows[name]["milliseconds"])
         return {f"{name} / {fastest}": ratio(self.seconds, name, fastest) for name in self.rows if name != fastest}
-
-    def fastest(self, names: Iterable[str]) -> str:
-        return min(names, key=lambda name: self.rows[name]["milliseconds"])
 
 
 def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> Comparison:

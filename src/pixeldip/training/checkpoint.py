@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -76,14 +77,14 @@ class Checkpoints:
         folder = self.run / CHECKPOINTS / step_name(step)
         partial = folder.with_name(f"{_PARTIAL}{folder.name}")
         if not is_sharded(self.network):
-            self.processes.on_main(lambda: self._guarded(folder, lambda: self._write_whole(partial, folder, step)))
+            whole = functools.partial(self._write_whole, partial, folder, step, averaged)
+            self.processes.on_main(lambda: self._guarded(folder, whole))
             return
         self.processes.on_main(lambda: self._guarded(folder, lambda: self._write_pipeline(partial, averaged)))
         writer = HuggingFaceStorageWriter(str(partial / TRAINING_STATE), save_distributed=True)
         state = training_state(self.network, self.optimizer, step)
         written = dcp.async_save(state, storage_writer=writer, process_group=self._group)
-        completed = self._completing.submit(self._complete_sharded, written, partial, folder)
-        self._pending = completed
+        self._pending = self._completing.submit(self._complete_sharded, written, partial, folder)
 
     def wait(self) -> None:
         """Until what is being written is complete.
@@ -104,12 +105,12 @@ class Checkpoints:
                     "with a lower optimizer.lr or training.precision fp32"
                 )
 
-    def _write_whole(self, partial: Path, folder: Path, step: int) -> None:
-        adapters = getattr(self.ema.model, "peft_config", None)
-        self._write_pipeline(partial, merged(self.ema.model) if adapters else self.ema.model)
+    def _write_whole(self, partial: Path, folder: Path, step: int, averaged: DiP) -> None:
+        adapters = getattr(averaged, "peft_config", None)
+        self._write_pipeline(partial, merged(averaged) if adapters else averaged)
         if adapters:
-            DiPPipeline(self.ema.model, **self.pipeline).save_lora_weights(partial / LORA)
-        average = self.ema.model if adapters else None
+            DiPPipeline(averaged, **self.pipeline).save_lora_weights(partial / LORA)
+        average = averaged if adapters else None
         write_state(partial / TRAINING_STATE, training_state(self.network, self.optimizer, step, average))
         self._complete(partial, folder)
 
