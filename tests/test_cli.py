@@ -37,6 +37,14 @@ def test_help_needs_no_torch() -> None:
         assert f"  {command} " in output
 
 
+def test_a_reader_that_has_seen_enough() -> None:
+    command = [sys.executable, "-m", "pixeldip.cli", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -63,6 +63,8 @@ def small_flags(arguments: list[str], inception: Path) -> list[str]:
         if flags[0] != "reference":
             more += ["--allow-resolution-mismatch", "--no-cache"]
         return [*more, "--inception-weights", str(inception)]
+    if command == "sweep":
+        return ["--images", "4", "--guidance", "2", "--solver", "ab2", "--evaluations", "2", "--no-cache"]
     if command == "bench":
         return ["--model", "MODEL", "--rounds", "3", "--batch", "1", "--batches", "1", "--processes", "1"]
     return ["--steps", "2"] if command == "demo" else []

@@ -1,6 +1,7 @@
 """The command line. Each command parses its flags here and imports what it needs only then."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pydantic import Field
 from .errors import UserError
 from .recipe import (
     EvaluationOptions,
+    Fraction,
     ModelSection,
     PlanOptions,
     Positive,
@@ -27,10 +29,12 @@ from .recipe import (
 from .terminal import PlainConsole, printable
 
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
+BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Runs one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted,
+    141 when nobody reads the output any more."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview())
@@ -53,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # what reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would say it again
+        return BROKEN_PIPE
 
 
 def _overview() -> str:
@@ -239,6 +246,41 @@ def study(arguments: list[str]) -> int:
 
 
 @dataclass
+class SweepArguments(EvaluationOptions):
+    """Sample a model with every combination of settings, measure them all on the same seeds, and write one report:
+    which guidance, which solver, how many steps. What is in --out already is not measured again."""
+
+    model: tyro.conf.Positional[str] = tyro.MISSING
+    """A run folder, a saved model folder or a hub id."""
+    guidance: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 3.0, 4.0)
+    guidance_interval: Annotated[tuple[tuple[Fraction, Fraction], ...], Field(min_length=1)] = ((0.1, 1.0),)
+    """One or more pairs, for instance 0 1 0.1 1."""
+    solver: Annotated[tuple[Literal["euler", "heun", "ab2", "ddim", "ancestral"], ...], Field(min_length=1)] = ("ab2",)
+    evaluations: Annotated[tuple[Positive, ...], Field(min_length=1)] = (20,)
+    """Of the network, a guided pair counted as one: as many steps, or half as many of heun."""
+    time_shift: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+    images: Annotated[int, Field(ge=4)] = 1000
+    """Samples of every combination, seeds 0, 1, 2 …; with the reference's classes in its numbers, if it has classes
+    of the model's names."""
+    label_column: str | None = None
+    """Of the reference, as data.label_column."""
+    metrics: tuple[str, ...] = ("kid_efficientnet", "fd_mid_efficientnet", "boundary")
+    out: Path = Path("runs/sweep")
+    """Folder of the numbers and the report."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+def sweep(arguments: list[str]) -> int:
+    """Find the guidance, solver and number of steps that suit a model."""
+    parsed = tyro.cli(SweepArguments, prog="pixeldip sweep", args=arguments)
+    check_flags(parsed)
+    from .studies import sweep_command
+
+    return sweep_command(parsed)
+
+
+@dataclass
 class ConvertArguments:
     """Turn an authors' checkpoint, of DiP or of PixNerd, into a model folder."""
 
@@ -366,6 +408,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sample": sample,
     "evaluate": evaluate,
     "study": study,
+    "sweep": sweep,
     "convert": convert,
     "export": export,
     "bench": bench,

@@ -1,6 +1,6 @@
 """The path, objectives, solvers and guidance: functions of callables, free of the network."""
 
-from .guidance import guided_velocity
+from .guidance import check_interval, guided_velocity
 from .noise import SampleNoise, Stream, fold_seed, seeded_normal
 from .objectives import OBJECTIVES, VelocityObjective
 from .path import (
@@ -22,6 +22,7 @@ __all__ = [
     "Stream",
     "VelocityObjective",
     "check_flow_scheduler",
+    "check_interval",
     "clean_image",
     "drop_classes",
     "evaluations",

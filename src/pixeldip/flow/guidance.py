@@ -8,6 +8,13 @@ from .path import VelocityNetwork
 from .solvers import Velocity
 
 
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raises UserError unless 0 <= lo <= hi <= 1."""
+    lo, hi = interval
+    if not 0 <= lo <= hi <= 1:
+        raise UserError(f"guidance interval ({lo}, {hi}): give two times with 0 <= lo <= hi <= 1")
+
+
 def guided_velocity(
     network: VelocityNetwork,
     y: Tensor,
@@ -24,9 +31,8 @@ def guided_velocity(
     Raises:
         UserError: unless 0 <= lo <= hi <= 1.
     """
+    check_interval(interval)
     lo, hi = interval
-    if not 0 <= lo <= hi <= 1:
-        raise UserError(f"guidance interval ({lo}, {hi}): give two times with 0 <= lo <= hi <= 1")
     both = torch.stack([y, torch.full_like(y, null_class)])
 
     def velocity(x: Tensor, t: float, step_start: float) -> Tensor:

@@ -1,0 +1,120 @@
+"""`pixeldip sweep`: which settings it makes, what it measures them on, and what its report says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pixeldip import DiP, DiPPipeline
+from pixeldip.cli import SweepArguments, main
+from pixeldip.studies.sweep import FirstImages, Setting, classes_like, combinations, reference_images
+
+from .conftest import TINY_MODEL, make_picture, opened_up
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    network = opened_up(DiP(**TINY_MODEL, num_classes=2))
+    DiPPipeline(network, height=32, width=32, class_names=["ant", "bee"]).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """Twice as many ants as bees."""
+    for name, count in (("ant", 8), ("bee", 4)):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for i in range(count):
+            make_picture(i + 100 * count, 32, 32).save(tmp_path / "real" / name / f"{i}.png")
+    return tmp_path / "real"
+
+
+def sweep(*arguments: object) -> int:
+    return main(["sweep", *map(str, arguments), "--device", "cpu", "--no-cache"])
+
+
+def test_every_combination_once() -> None:
+    found = combinations(
+        SweepArguments(
+            model="m",
+            solver=("ab2", "heun"),
+            evaluations=(10, 11),
+            guidance=(1.0, 2.0),
+            guidance_interval=((0.0, 1.0), (0.2, 0.8)),
+        )
+    )
+    ab2 = [s for s in found if s.solver == "ab2"]
+    heun = [s for s in found if s.solver == "heun"]
+    assert len(ab2) == 2 * 3 and len({s.name for s in found}) == len(found)  # unguided, and guided in two intervals
+    assert {s.evaluations for s in ab2} == {10, 11} == {s.sampling.steps for s in ab2}
+    # six steps of Heun's would take eleven evaluations, so ten allow five steps, which take nine
+    assert {(s.evaluations, s.sampling.steps) for s in heun} == {(9, 5), (11, 6)}
+    assert all(s.sampling.guidance_interval == s.interval and s.sampling.guidance == s.guidance for s in found)
+
+
+def test_samples_have_the_classes_of_the_reference(model: Path, real: Path) -> None:
+    pipeline = DiPPipeline.from_pretrained(model)
+    images = reference_images(SweepArguments(model="m", reference=str(real)), (32, 32))
+    assert sorted(classes_like(images, pipeline)) == [0] * 8 + [1] * 4
+    (real / "bee").rename(real / "wasp")
+    renamed = reference_images(SweepArguments(model="m", reference=str(real)), (32, 32))
+    assert classes_like(renamed, pipeline) == []
+    assert classes_like(None, pipeline) == []
+
+
+def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "sweep"
+    arguments = [model, "--reference", real, "--images", 12, "--evaluations", 2, "--out", out, "--metrics"]
+    arguments += ["kid_efficientnet", "boundary", "--guidance-interval", 0, 1]
+    assert sweep(*arguments, "--guidance", 1, 3) == 0
+    files = {path: path.stat().st_mtime_ns for path in (out / "settings").glob("*.json")}
+    assert len(files) == 2
+    assert sweep(*arguments, "--guidance", 1, 3, 8) == 0  # one more: the others stay as they are
+    assert "1 of 1" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    results = [json.loads(path.read_text()) for path in (out / "settings").glob("*.json")]
+    assert len({r["metrics"]["kid_efficientnet"] for r in results}) == 3  # guidance changes the samples
+    assert {r["count"] for r in results} == {12} and all(r["seconds_per_image"] > 0 for r in results)
+    for page in ("report.md", "report.html"):
+        text = (out / page).read_text()
+        for words in ("guidance 1", "guidance 3", "guidance 8", "real images", "Lowest EfficientNet KD"):
+            assert words in text
+    assert text.count("data:image/png;base64,") == 3 and text.count("<svg") == 1
+    assert sweep(model, "--reference", real, "--images", 11, "--out", out) == 2
+    assert "holds a study with another sweep" in capsys.readouterr().err
+
+
+def test_only_the_first_samples_are_kept() -> None:
+    import numpy as np
+
+    first = FirstImages()
+    for _ in range(3):
+        first.add(np.zeros((8, 4, 4, 3), np.uint8))
+    assert len(first.pictures) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--reference is missing"),
+        (["--reference", "nowhere"], "--reference nowhere: no such folder"),
+        (["--reference", "{real}", "--metrics", "nearest"], "name them, --train-images"),
+        (["--reference", "{real}", "--metrics", "kids"], "no metric 'kids'"),
+        (["--reference", "{real}", "--guidance-interval", "0.9", "0.1"], "guidance"),
+        (["--reference", "{real}", "--evaluations", "0"], "--evaluations"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str], message: str, model: Path, real: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    given = [a.format(real=real) for a in arguments]
+    assert sweep(model, *given, "--images", 4, "--out", tmp_path / "sweep") == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.glob("sweep/settings/*"))
+
+
+def test_settings_in_words() -> None:
+    setting = Setting("ab2", 20, 2.0, (0.1, 1.0), 1.0)
+    assert setting.name == "ab2-20-guidance2-from0.1to1"
+    assert setting.sampling.pipeline_arguments()["guidance_interval"] == (0.1, 1.0)
