@@ -1,7 +1,6 @@
 """The tour: train a small DiP on the bundled pictures, sample it, and show everything on one page."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from .evaluation.extractors import load_extractor
 from .evaluation.image_sets import SourceImages
 from .evaluation.metrics import boundary_ratio, kernel_distance, nearest_neighbours
 from .evaluation.stream import measure
+from .files import write_json
 from .images import to_pil
 from .processes import Processes, choose_device, choose_precision
 from .provenance import made_by
@@ -94,7 +94,7 @@ def write_report(recipe: Recipe, device: torch.device, seconds: float) -> Path:
     rows = {name: images[i * SAMPLES_PER_CLASS : (i + 1) * SAMPLES_PER_CLASS] for i, name in enumerate(names)}
     denoising = [(t, to_pil(x)[0]) for t, x in trajectory]
     distances = measure_demo(recipe, images, pipeline.model.config.patch_size, device)
-    (run / "evaluation.json").write_text(json.dumps({**made_by(), **distances}, indent=2) + "\n", encoding="utf-8")
+    write_json(run / "evaluation.json", {**made_by(), **distances})
     page = demo_page(
         recipe,
         model=pipeline.model,

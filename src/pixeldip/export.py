@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,11 +13,11 @@ from rich.console import Console
 from torch import Tensor
 
 from .errors import UserError
+from .files import check_writable, write_json
 from .flow import time_grid
 from .model import DiP, check_size
 from .pipeline import DiPPipeline
 from .provenance import made_by
-from .run_folder import check_writable
 from .sampling import load_pipeline
 from .terminal import PlainConsole, quieted
 
@@ -100,7 +99,7 @@ def export_model(
         "times": time_grid(STEPS, 1.0, model.objective),
         "differences": errors,
     }
-    (out / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / RECORD, record)
     return errors
 
 

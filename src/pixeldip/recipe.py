@@ -17,6 +17,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import UserError
+from .files import write_text
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -418,7 +419,5 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Replaces the file in one step: another process may be reading it."""
-    written = path.with_name(f".{path.name}.partial")
-    written.write_text(yaml.safe_dump(recipe_values(recipe), sort_keys=False), encoding="utf-8")
-    written.replace(path)
+    """Writes or replaces the file in one step: another process may be reading it."""
+    write_text(path, yaml.safe_dump(recipe_values(recipe), sort_keys=False))

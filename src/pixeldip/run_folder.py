@@ -12,7 +12,6 @@ previews/step-….png       sample grids of fixed seeds
 .lock                     held by the process that is training here
 """
 
-import errno
 import json
 import os
 import re
@@ -35,23 +34,6 @@ NETWORK = "model"  # the network's folder in a pipeline's
 TRAINING_STATE = "state"
 CHECKSUMS = "checksums.json"
 LORA = "lora"
-
-
-def check_writable(path: Path) -> None:
-    """Makes the folder of a file that is to be written at the end of long work, and tries it out.
-
-    Raises:
-        UserError: if no file can be written there.
-    """
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder has that name")
-        probe = path.with_name(f".{path.name}.probe")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def step_name(step: int) -> str:

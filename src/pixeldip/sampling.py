@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .data import NpzWriter
 from .errors import UserError
+from .files import write_json
 from .flow import Stream
 from .images import display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
@@ -298,8 +299,7 @@ class ImageFolderWriter:
         in_turn = self.images.order_seed is None and 1 < len(chosen) <= 16
         across = min(len(self._first), len(chosen) if in_turn else 8)
         grid(self._first, across, scale=display_scale(self.images.width)).save(self.out / "grid.png")
-        record = json.dumps(self._made_with, indent=2) + "\n"
-        (self.out / SETTINGS).write_text(record, encoding="utf-8")
+        write_json(self.out / SETTINGS, self._made_with)
 
 
 ImageWriter = NpzImageWriter | ImageFolderWriter

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files import check_writable
 from ..images import save_png
-from ..run_folder import check_writable
 from ..sampling import SampledImages
 
 SHOWN = 60

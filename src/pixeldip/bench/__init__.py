@@ -8,10 +8,10 @@ import torch
 from rich import box
 from rich.table import Table
 
+from ..files import check_writable
 from ..model import DiP, check_size
 from ..processes import Processes, choose_device, choose_precision
 from ..provenance import environment
-from ..run_folder import check_writable
 from ..sampling import load_pipeline
 from ..terminal import PlainConsole
 from ..training.pretrained import network_config

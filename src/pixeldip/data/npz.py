@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..run_folder import check_writable
+from ..files import check_writable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LONGEST_HEADER = 10_000

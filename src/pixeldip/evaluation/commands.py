@@ -4,8 +4,9 @@ from typing import Any
 
 from ..data import NpzFile
 from ..errors import UserError
+from ..files import check_writable
 from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
-from ..run_folder import check_writable, names_a_model
+from ..run_folder import names_a_model
 from ..sampling import SampledImages, image_writer, load_pipeline
 from ..terminal import PlainConsole, image_progress, warn
 from .extractors import load_together

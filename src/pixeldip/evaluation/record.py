@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..data import NpzImages
 from ..errors import UserError
+from ..files import write_json
 from ..recipe import EvaluationOptions
 from ..sampling import SETTINGS, SampledImages
 from ..terminal import warn
@@ -46,13 +47,10 @@ class Evaluation:
         Raises:
             UserError: if it cannot be written.
         """
-        partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
+            write_json(path, self.record)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"out {path}: cannot be written ({error.strerror or error})") from error
 
 

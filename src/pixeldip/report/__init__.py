@@ -15,6 +15,7 @@ from PIL import Image
 
 from .. import __version__
 from ..data import centre_crop, open_source
+from ..files import write_text
 from ..images import display_scale, grid
 from ..model import DiP
 from ..recipe import Recipe, image_size
@@ -170,6 +171,13 @@ def render(template: str, **content: Any) -> str:
         keep_trailing_newline=True,
     )
     return templates.get_template(template).render(**content)
+
+
+def write_pages(folder: Path, name: str, content: Mapping[str, Any]) -> Path:
+    """Writes report.md and report.html from the templates of a name; returns the HTML page."""
+    for kind in ("md", "html"):
+        write_text(folder / f"report.{kind}", render(f"{name}.{kind}", **content))
+    return folder / "report.html"
 
 
 def to_svg(figure: Figure) -> str:

@@ -19,7 +19,7 @@ from ..recipe import Recipe, load_recipe, recipe_values
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import clock, some
 from ..training import train
-from .folder import claim, read_json, write_json
+from .folder import claim, read_json, write_result
 from .measures import measure_costs, measure_quality, training_rate
 from .study import Contender, Study, changed, contender_recipe
 
@@ -169,7 +169,7 @@ def _measure(
         pipeline = load_pipeline(str(folder), processes.device)
         measured = comparison.measure(folder, pipeline, recipe, held_out, processes, console)
         if processes.is_main:
-            write_json(
+            write_result(
                 folder / RESULT,
                 {
                     **who,
@@ -203,4 +203,4 @@ def _costs(out: Path, recipes: Mapping[str, Recipe], num_classes: int, processes
     if (out / COSTS).is_file() and read_json(out / COSTS)["costs"].keys() >= recipes.keys():
         return
     measured = measure_costs(recipes, num_classes, processes.device)
-    write_json(out / COSTS, {"costs": measured, "environment": environment(processes)})
+    write_result(out / COSTS, {"costs": measured, "environment": environment(processes)})

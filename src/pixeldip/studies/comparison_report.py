@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..images import display_scale
-from ..report import ACCENT, data_uri, render, to_svg
+from ..report import ACCENT, data_uri, to_svg, write_pages
 from ..terminal import clock
 from .folder import SETTINGS, read_json
 from .study import Contender, Study
@@ -93,10 +93,7 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
         "commands": _commands(settings, rows),
         "seeds": seeds,
     }
-    (out / "report.md").write_text(render("comparison.md", **content), encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(render("comparison.html", **content), encoding="utf-8")
-    return page
+    return write_pages(out, "comparison", content)
 
 
 def _measures(rows: Sequence[Row]) -> list[Measure]:

@@ -21,7 +21,7 @@ from ..model import DiP
 from ..pipeline import DiPPipeline
 from ..processes import Processes, autocast, choose_precision
 from ..recipe import Recipe, image_size
-from ..report import render, to_svg
+from ..report import to_svg, write_pages
 from .comparison_report import facts, mean_and_spread
 from .comparisons import placement
 from .folder import SETTINGS, read_json
@@ -189,10 +189,7 @@ def write_features_report(study: Study, out: Path, contenders: Sequence[Contende
         "seeds": seeds,
         "commands": list(dict.fromkeys(result["command"] for result in flat)),
     }
-    (out / "report.md").write_text(render("features.md", **content), encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(render("features.html", **content), encoding="utf-8")
-    return page
+    return write_pages(out, "features", content)
 
 
 def _clustered(result: dict[str, Any]) -> str:

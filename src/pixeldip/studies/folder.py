@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import check_writable, write_text
 from ..provenance import made_by
-from ..run_folder import check_writable
 
 SETTINGS = "study.json"
 
@@ -21,7 +21,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / SETTINGS
     check_writable(path)
     if not path.is_file():
-        write_json(path, settings)
+        write_result(path, settings)
         return
     theirs = read_json(path)
     for key, value in json.loads(json.dumps(settings)).items():
@@ -31,12 +31,9 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def write_result(path: Path, values: Mapping[str, Any]) -> None:
     """In one step, with the program and the command that made it."""
-    partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps({**made_by(), **values}, indent=2, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps({**made_by(), **values}, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from ..images import psnr
 from ..processes import start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
-from ..report import data_uri, render, to_svg
+from ..report import data_uri, to_svg, write_pages
 from ..run_folder import preview_files, read_metrics, step_of
 from ..terminal import clock
 from ..training import train
 from .comparisons import dit, unet
-from .folder import claim, read_json, write_json
+from .folder import claim, read_json, write_result
 from .study import Contender, Scale, Study, changed, contender_recipe
 
 PHOTO = "red-panda.jpg"
@@ -107,7 +107,7 @@ def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender) ->
             Image.fromarray(images[max(images)][0]).save(folder / "reconstruction.png")
             entries = read_metrics(folder)
             rate = float(np.median([entry["images_per_second"] for entry in entries]))
-            write_json(
+            write_result(
                 folder / RESULT,
                 {
                     "contender": contender.name,
@@ -160,10 +160,7 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
         },
         "commands": list(dict.fromkeys(result["command"] for result in results.values())),
     }
-    (out / "report.md").write_text(render("overfit.md", **content), encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(render("overfit.html", **content), encoding="utf-8")
-    return page
+    return write_pages(out, "overfit", content)
 
 
 def _row(label: str, result: dict[str, Any], training: dict[str, Any]) -> list[str]:

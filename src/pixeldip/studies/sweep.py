@@ -23,11 +23,11 @@ from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import DataSection, SamplingSettings
-from ..report import data_uri, render, to_svg
+from ..report import data_uri, to_svg, write_pages
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import PlainConsole
 from .comparison_report import mean_and_spread
-from .folder import claim, read_json, write_json
+from .folder import claim, read_json, write_result
 
 SHOWN = 12
 """Samples of every setting that the report shows."""
@@ -184,7 +184,7 @@ def _keep(out: Path, setting: Setting, first: FirstImages, record: dict[str, Any
     path.parent.mkdir(exist_ok=True)
     sampling_seconds = record["seconds"]["samples, images"]
     grid(first.pictures, len(first.pictures)).save(path.with_suffix(".png"))
-    write_json(
+    write_result(
         path,
         {
             "setting": dataclasses.asdict(setting),
@@ -264,10 +264,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
         "warnings": sorted({warning for row in rows for warning in row.result["warnings"]}),
         "commands": list(dict.fromkeys(row.result["command"] for row in rows)),
     }
-    (out / "report.md").write_text(render("sweep.md", **content), encoding="utf-8")
-    page = out / "report.html"
-    page.write_text(render("sweep.html", **content), encoding="utf-8")
-    return page
+    return write_pages(out, "sweep", content)
 
 
 def _text(value: float, deviation: float) -> str:

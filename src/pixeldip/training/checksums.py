@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..files import write_json
 from ..run_folder import CHECKSUMS
 
 
@@ -11,7 +12,7 @@ def write_checksums(folder: Path) -> None:
     """Lists every file of a folder in `checksums.json`, which is to be the last one written into it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CHECKSUMS, sums)
 
 
 def damage(folder: Path) -> str | None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..data import Source, changes, fingerprint
 from ..errors import UserError
+from ..files import write_json
 from ..flow import Stream, fold_seed
 from ..model import DiP, check_size
 from ..model.presets import preset_config
@@ -155,18 +156,11 @@ def prepare_run_folder(
     run: Path, recipe: Recipe, processes: Processes, start: Start | None, data: dict[str, Any]
 ) -> None:
     save_recipe(recipe, run / RECIPE)
-    _write_json(run / DATA, data)
+    write_json(run / DATA, data)
     if start and not (run / START).exists():
-        _write_json(run / START, start.record())
+        write_json(run / START, start.record())
     if not (run / ENVIRONMENT).exists():
-        _write_json(run / ENVIRONMENT, environment(processes))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """In one step: a run killed here leaves no half of a file."""
-    written = path.with_name(f".{path.name}.partial")
-    written.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    written.replace(path)
+        write_json(run / ENVIRONMENT, environment(processes))
 
 
 def introduce(
