@@ -226,8 +226,6 @@ def test_only_offered_models_are_loaded(tmp_path: Path) -> None:
     damaged = Models((), [tmp_path / "models"], torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         damaged.load(str(inside))
-    (inside / RECIPE).write_text("unknown: 1")
-    assert damaged.defaults(str(inside)) == SamplingSettings()
     with pytest.raises(UserError, match="no such folder"):
         Models(("nowhere/at/all",), [], torch.device("cpu"), torch.float32)
 

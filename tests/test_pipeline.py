@@ -324,6 +324,42 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
         again.load_lora_weights("nowhere")
 
 
+def test_a_model_knows_how_it_is_sampled(model_folder: Path, tmp_path: Path) -> None:
+    network = DiPPipeline.from_pretrained(model_folder).model
+    own = {"num_inference_steps": 3, "guidance_scale": 1.5, "guidance_interval": (0.2, 0.9), "solver": "heun"}
+    DiPPipeline(network, height=16, width=16, sampling=own).save_pretrained(tmp_path / "saved")
+    pipeline = DiPPipeline.from_pretrained(tmp_path / "saved")
+    assert pipeline.default_settings.pipeline_arguments() == {**own, "time_shift": 1.0}
+
+    def sample(**said: object) -> torch.Tensor:
+        return pipeline([0, 1], output_type="latent", **said).images
+
+    untold = sample()
+    assert torch.equal(untold, sample(**own))
+    for name, value in {**own, "num_inference_steps": 4, "guidance_scale": 3.0, "solver": "euler"}.items():
+        assert (name == "guidance_interval") == torch.equal(untold, sample(**{name: value}))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # who chooses a scheduler wants it followed
+    shifted = sample()
+    assert not torch.equal(shifted, untold)
+    assert not torch.equal(shifted, sample(solver="euler"))
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert torch.equal(untold, sample())
+    assert DiPPipeline(network).default_settings.pipeline_arguments()["num_inference_steps"] == 50
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"steps": 3}, "'steps' is none of num_inference_steps"),
+        ({"num_inference_steps": 0}, "steps: input should be greater"),
+        ({"solver": "rk4"}, "solver"),
+    ],
+)
+def test_ways_of_sampling_there_are_not(sampling: dict, message: str, pipeline: DiPPipeline) -> None:
+    with pytest.raises(UserError, match=message):
+        DiPPipeline(pipeline.model, sampling=sampling)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run with previews and an evaluation, on the bundled pictures."""
@@ -364,7 +400,7 @@ def test_the_cards_example_runs(run: Path, tmp_path: Path) -> None:
     DiPPipeline.from_pretrained(run).save_pretrained(tmp_path / "toy")
     example = (tmp_path / "toy" / "README.md").read_text().split("```python")[1].split("```")[0]
     names: dict = {}
-    exec(example.replace("FOLDER-OR-HUB-ID", str(tmp_path / "toy")).replace("=50", "=1"), names)
+    exec(example.replace("FOLDER-OR-HUB-ID", str(tmp_path / "toy")), names)
     assert len(names["images"]) == 2
 
 

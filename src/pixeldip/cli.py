@@ -19,7 +19,7 @@ from .recipe import (
     PlanOptions,
     Positive,
     Recipe,
-    SamplingSettings,
+    SamplingFlags,
     check_flags,
     check_values,
     load_recipe,
@@ -122,7 +122,7 @@ def train(arguments: list[str]) -> int:
 
 
 @dataclass
-class SampleArguments(SamplingSettings):
+class SampleArguments(SamplingFlags):
     """Sample images from a trained model."""
 
     model: tyro.conf.Positional[str] = tyro.MISSING
@@ -153,7 +153,7 @@ def sample(arguments: list[str]) -> int:
 
 
 @dataclass
-class EvaluateArguments(EvaluationOptions, SamplingSettings):
+class EvaluateArguments(EvaluationOptions, SamplingFlags):
     """Measure samples against a reference. `pixeldip evaluate reference --help` tells how to make one."""
 
     samples: tyro.conf.Positional[str] = tyro.MISSING

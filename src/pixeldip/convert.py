@@ -43,6 +43,12 @@ RENAMES = [
     (r"final_layer\.linear", r"detailer.out"),
 ]
 RELEASE_GRID = 16  # patches a side the release trains on: 256 px at P = 16, 512 px at P = 32
+RELEASE_SAMPLING = {
+    "num_inference_steps": 100,
+    "solver": "euler",
+    "guidance_scale": 4.0,
+    "guidance_interval": (0.1, 1.0),
+}
 PREFIXES = {"ema": "ema_denoiser.", "model": "denoiser."}
 
 
@@ -105,7 +111,7 @@ def convert_checkpoint(path: Path, out: Path, weights: str = "ema", resolution: 
     model = load_release(path, weights)
     side = resolution or RELEASE_GRID * model.config.patch_size
     check_size(side, side, model.config.patch_size)
-    DiPPipeline(model, height=side, width=side).save_pretrained(out)
+    DiPPipeline(model, height=side, width=side, sampling=RELEASE_SAMPLING).save_pretrained(out)
     print(f"{path}: {model.num_parameters():,} parameters ({weights} weights), {side}x{side}, written to {out}")
 
 

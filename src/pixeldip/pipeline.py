@@ -5,7 +5,7 @@ import functools
 import operator
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .flow import (
     check_flow_scheduler,
     follow_scheduler,
     guided_velocity,
+    is_default_scheduler,
     is_stochastic,
     set_times,
     start_state,
@@ -33,6 +34,7 @@ from .flow import (
 )
 from .images import to_pil
 from .model import DiP, check_size
+from .recipe import SamplingSettings
 from .run_folder import resolve_model
 from .saved_model import check_saved_model
 from .sharing import upload, write_model_card
@@ -70,9 +72,12 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             Euler's method. It is followed unless a call names a `solver`.
         height, width: the training size in pixels, the default for samples.
         class_names: one name per class; None if they have none.
+        sampling: what calls leave out: num_inference_steps, guidance_scale, guidance_interval, time_shift and,
+            while the scheduler is the default one, solver. Saved with the model; a training run puts in what its
+            previews are sampled with.
 
     Raises:
-        UserError: if the scheduler follows another path.
+        UserError: if the scheduler follows another path, or `sampling` says anything else.
     """
 
     _origin: Path | None = None
@@ -88,12 +93,15 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         height: int = 256,
         width: int = 256,
         class_names: list[str] | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
         check_flow_scheduler(scheduler)
         self.register_modules(model=model, scheduler=scheduler)
-        self.register_to_config(height=height, width=width, class_names=list(class_names or ()))
+        sampling = dict(sampling or {})
+        SamplingSettings.from_pipeline_arguments(sampling)
+        self.register_to_config(height=height, width=width, class_names=list(class_names or ()), sampling=sampling)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiPPipeline":
@@ -224,6 +232,11 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         return index
 
     @property
+    def default_settings(self) -> SamplingSettings:
+        """How calls sample that do not say it."""
+        return SamplingSettings.from_pipeline_arguments(self.config.sampling)
+
+    @property
     def guidance_scale(self) -> float:
         """Of the call that is running."""
         return self._guidance_scale
@@ -242,13 +255,13 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     def __call__(
         self,
         class_labels: Sequence[int | str] | int | str | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 4.0,
-        guidance_interval: tuple[float, float] = (0.1, 1.0),
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         solver: str | None = None,
-        time_shift: float = 1.0,
+        time_shift: float | None = None,
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
@@ -259,6 +272,9 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     ) -> DiPPipelineOutput | tuple:
         """Samples one image per class label.
 
+        Steps, guidance, interval, time shift and solver that are left out are those of the pipeline's `sampling`;
+        where it has none, 50, 4, (0.1, 1), 1 and the scheduler.
+
         Args:
             class_labels: ids or exact names; for a model without classes, leave it out.
             num_inference_steps: steps from noise (t = 0) to data (t = 1), spaced as the model's objective asks.
@@ -268,7 +284,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 batch around it.
             generator: in place of seeds, as elsewhere in diffusers: one for all images, or a list of one each.
             solver: euler, heun, ab2 (two-step Adams-Bashforth), ddim (another name of euler) or ancestral
-                (DDPM's, which adds fresh noise at every step); None: the pipeline's scheduler.
+                (DDPM's, which adds fresh noise at every step).
             time_shift: above 1 takes more of the steps at noisy times.
             height, width: pixels, multiples of the patch size; by default the training size.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1]; or "latent", what the solver
@@ -283,6 +299,13 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         Raises:
             UserError: if an argument is out of range.
         """
+        own = self.default_settings.pipeline_arguments()
+        steps = own["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        guidance_scale = own["guidance_scale"] if guidance_scale is None else guidance_scale
+        guidance_interval = own["guidance_interval"] if guidance_interval is None else guidance_interval
+        time_shift = own["time_shift"] if time_shift is None else time_shift
+        if solver is None and is_default_scheduler(self.scheduler):
+            solver = self.config.sampling.get("solver")
         labels = self._labels(class_labels, seeds, generator)
         model, device = self.model, self._execution_device
         height, width = height or self.config.height, width or self.config.width
@@ -300,10 +323,10 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         velocity = guided_velocity(model, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
         if solver is None:
             check_flow_scheduler(self.scheduler)
-            times = set_times(self.scheduler, num_inference_steps, time_shift, model.objective, device)
+            times = set_times(self.scheduler, steps, time_shift, model.objective, device)
             solve = functools.partial(follow_scheduler, self.scheduler, generators=random.generators)
         elif solver in SOLVERS:
-            times = time_grid(num_inference_steps, time_shift, model.objective)
+            times = time_grid(steps, time_shift, model.objective)
             fresh = {"noise": random.fresh} if is_stochastic(solver) else {}
             solve = functools.partial(SOLVERS[solver], **fresh)
         else:

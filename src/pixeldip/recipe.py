@@ -7,7 +7,7 @@ The defaults of all but the model are those of `recipes/my-images.yaml`. This mo
 import dataclasses
 import difflib
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -169,6 +169,15 @@ class TrainingSection:
     """Consecutive steps left out that stop a run all the same."""
 
 
+_PIPELINE_ARGUMENTS = {
+    "num_inference_steps": "steps",
+    "solver": "solver",
+    "guidance_scale": "guidance",
+    "guidance_interval": "guidance_interval",
+    "time_shift": "time_shift",
+}
+
+
 @_section
 @dataclass
 class SamplingSettings:
@@ -185,13 +194,39 @@ class SamplingSettings:
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """The keywords `DiPPipeline.__call__` knows these settings by."""
-        return {
-            "num_inference_steps": self.steps,
-            "solver": self.solver,
-            "guidance_scale": self.guidance,
-            "guidance_interval": tuple(self.guidance_interval),
-            "time_shift": self.time_shift,
-        }
+        return {keyword: getattr(self, name) for keyword, name in _PIPELINE_ARGUMENTS.items()}
+
+    @classmethod
+    def from_pipeline_arguments(cls, values: Mapping[str, Any]) -> "SamplingSettings":
+        """The other way round; what is not there takes the default.
+
+        Raises:
+            UserError: naming a keyword that is none of these, or a value that is out of range.
+        """
+        if unknown := sorted(values.keys() - _PIPELINE_ARGUMENTS):
+            raise UserError(f"sampling settings: {unknown[0]!r} is none of {', '.join(_PIPELINE_ARGUMENTS)}")
+        settings = cls(**{_PIPELINE_ARGUMENTS[keyword]: value for keyword, value in values.items()})
+        return check_values(settings, lambda name: f"sampling settings: {name}")
+
+
+@dataclass
+class SamplingFlags:
+    """How images come from noise. What is left out is as the model was saved to be sampled; of a run, as its previews
+    are."""
+
+    steps: Positive | None = None
+    solver: Literal["euler", "heun", "ab2", "ddim", "ancestral"] | None = None
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[Fraction, Fraction] | None = None
+    """Times between which steps are guided; 0 is noise, 1 is the image."""
+    time_shift: Annotated[float, Field(gt=0)] | None = None
+    """Above 1 takes more of the steps at noisy times."""
+
+    def settings(self, own: SamplingSettings) -> SamplingSettings:
+        """What was given, and for the rest the model's own settings."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}
+        return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
 
 
 @_section

@@ -190,9 +190,10 @@ def sample_command(arguments: Any) -> None:
     try:
         in_turn = arguments.out.suffix != ".npz"
         precision = choose_precision(arguments.precision, processes.device)
+        pipeline = load_pipeline(arguments.model, processes.device, precision)
         images = SampledImages(
-            load_pipeline(arguments.model, processes.device, precision),
-            arguments,
+            pipeline,
+            arguments.settings(pipeline.default_settings),
             seeds,
             arguments.classes,
             order_seed=None if in_turn and arguments.class_order_seed is None else arguments.class_order_seed or 0,

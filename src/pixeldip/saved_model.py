@@ -18,6 +18,14 @@ Side = Annotated[int, Field(ge=1, le=16_384)]
 Depth = Annotated[int, Field(ge=1, le=1000)]
 
 
+class _Sampling(TypedDict, total=False):
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
+    solver: str
+    guidance_scale: float
+    guidance_interval: tuple[float, float]
+    time_shift: float
+
+
 class _Index(TypedDict):
     _class_name: str  # a list would name a class in a file of the folder
     model: tuple[Literal["pixeldip.model.dip"], Literal["DiP"]]
@@ -25,6 +33,7 @@ class _Index(TypedDict):
     height: Side
     width: Side
     class_names: list[str]
+    sampling: NotRequired[_Sampling]
 
 
 class _Config(TypedDict, total=False):

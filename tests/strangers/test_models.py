@@ -157,7 +157,9 @@ def test_a_hub_repository_is_looked_through_before_it_is_loaded(
         DiPPipeline.from_pretrained("owner/other", cache_dir=tmp_path / "cache")
 
 
-INDEX_KEYS = st.sampled_from(["_class_name", "model", "scheduler", "height", "width", "class_names", "more"])
+INDEX_KEYS = st.sampled_from(
+    ["_class_name", "model", "scheduler", "height", "width", "class_names", "sampling", "more"]
+)
 CONFIG_KEYS = st.sampled_from([*inspect.signature(DiP).parameters, "more"])
 SMALL = st.integers(-1, 70) | st.sampled_from(["unet", "mlp", "hybrid", "image", 10**9, 2**70, 1e300]) | JSON
 

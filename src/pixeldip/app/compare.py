@@ -68,7 +68,7 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
     def solutions_of(name: str | None) -> list[Any]:
         if not name:
             return [gr.skip()] * 2 * len(a.solution.inputs)
-        guided = SolutionControls.values(models.defaults(name), limits)
+        guided = SolutionControls.values(models.load(name).default_settings, limits)
         return [*guided, 1.0, *guided[1:]]
 
     def compare(*values: Any) -> Iterator[tuple]:

@@ -98,7 +98,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         if not name:
             return [gr.skip()] * len(controls)
         subject = SubjectControls.updates(models.load(name), limits)
-        return [*subject, *SolutionControls.values(models.defaults(name), limits)]
+        return [*subject, *SolutionControls.values(models.load(name).default_settings, limits)]
 
     def open_page() -> list[Any]:
         names = models.names()

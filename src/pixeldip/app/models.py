@@ -8,8 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..pipeline import DiPPipeline
-from ..recipe import SamplingSettings, load_recipe
-from ..run_folder import METRICS, RECIPE, names_a_model, resolve_model
+from ..run_folder import METRICS, names_a_model, resolve_model
 from ..sampling import load_pipeline
 
 KEPT = 2  # models in memory at once: what a comparison needs
@@ -59,14 +58,6 @@ class Models:
             while len(self._loaded) > KEPT:
                 del self._loaded[next(iter(self._loaded))]
         return pipeline
-
-    def defaults(self, name: str) -> SamplingSettings:
-        """What its run's previews are sampled with, or else the settings of `pixeldip sample`."""
-        recipe = Path(name) / RECIPE
-        try:
-            return load_recipe(str(recipe)).preview if recipe.is_file() else SamplingSettings()
-        except UserError:  # a run of another version: its weights may still load
-            return SamplingSettings()
 
     def _sub_folders(self) -> list[Path]:
         return [

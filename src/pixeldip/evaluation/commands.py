@@ -25,9 +25,10 @@ def evaluate_command(arguments: Any) -> None:
         samples, writer = arguments.samples, None
         if names_a_model(arguments.samples):
             precision = choose_precision(arguments.precision, processes.device)
+            pipeline = load_pipeline(arguments.samples, processes.device, precision)
             samples = SampledImages(
-                load_pipeline(arguments.samples, processes.device, precision),
-                arguments,
+                pipeline,
+                arguments.settings(pipeline.default_settings),
                 range(arguments.images),
                 arguments.classes,
                 order_seed=0,

@@ -12,7 +12,7 @@ from .path import (
     uniform_times,
     velocity,
 )
-from .schedulers import check_flow_scheduler, follow_scheduler, set_times
+from .schedulers import check_flow_scheduler, follow_scheduler, is_default_scheduler, set_times
 from .solvers import SOLVERS, evaluations, is_stochastic, start_state, time_grid
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "follow_scheduler",
     "guided_velocity",
     "interpolate",
+    "is_default_scheduler",
     "is_stochastic",
     "logit_normal_times",
     "seeded_normal",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..errors import UserError
@@ -29,6 +30,16 @@ def check_flow_scheduler(scheduler: Any) -> None:
             "UniPCMultistepScheduler or DPMSolverMultistepScheduler with use_flow_sigmas=True and "
             "prediction_type='flow_prediction'"
         )
+
+
+def is_default_scheduler(scheduler: Any) -> bool:
+    """Whether it is Euler's method as diffusers makes it, and nobody has chosen otherwise."""
+
+    def settings(of: Any) -> dict[str, Any]:
+        return {name: value for name, value in of.config.items() if not name.startswith("_")}
+
+    kind = FlowMatchEulerDiscreteScheduler
+    return type(scheduler) is kind and settings(scheduler) == settings(kind())
 
 
 def set_times(

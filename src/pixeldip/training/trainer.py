@@ -178,7 +178,8 @@ def _loop(
         parallel = DistributedDataParallel(parallel)
     height, width = images.size
     flops = training_flops(model, height, width) if peak_flops(device) else None
-    pipeline = {"height": height, "width": width, "class_names": list(source.class_names)}
+    sampling = recipe.preview.pipeline_arguments()
+    pipeline = {"height": height, "width": width, "class_names": list(source.class_names), "sampling": sampling}
     saved = Checkpoints(run, network, ema, optimizer, pipeline, training.keep_last, processes)
     sampler = PositionSampler(
         training.batch_size,
