@@ -40,7 +40,7 @@ class Backbone(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.normal_(self.class_embed.weight, std=0.02)
+        nn.init.normal_(self.class_embed.weight, std=0.25)  # about that of the time's embedding
         nn.init.normal_(self.time_embed.fc1.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc2.weight, std=0.02)
         for block in self.blocks:
