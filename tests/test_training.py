@@ -198,7 +198,9 @@ def test_without_classes(tmp_path: Path, picture_folder: Path) -> None:
         pipeline(class_labels=[0])
 
 
-@pytest.mark.parametrize("name", ["my-images", "demo", "demo-gpu", "imagenet256-dip-xl", "imagenet512-dip-xl32"])
+@pytest.mark.parametrize(
+    "name", ["my-images", "demo", "demo-gpu", "emoji64", "imagenet256-dip-xl", "imagenet512-dip-xl32"]
+)
 def test_packaged_recipes_train_at_tiny_size(name: str, tmp_path: Path, picture_folder: Path) -> None:
     recipe = load_recipe(name)
     check_recipe(recipe, world_size=8 if name.startswith("imagenet") else 1)
