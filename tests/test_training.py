@@ -208,6 +208,7 @@ def test_packaged_recipes_train_at_tiny_size(name: str, tmp_path: Path, picture_
     recipe.out, recipe.model = tiny.out, tiny.model
     recipe.data.source, recipe.data.resolution, recipe.data.in_memory = tiny.data.source, tiny.data.resolution, True
     recipe.training.steps, recipe.training.batch_size, recipe.training.compile = 2, 4, False
+    recipe.data.label_column = tiny.data.label_column
     recipe.training.device, recipe.preview.every = "cpu", 2
     recipe.preview.images, recipe.preview.steps = 4, 2
     if recipe.alignment.weight:
