@@ -72,6 +72,25 @@ def test_save_and_load(head: str, placement: str, tmp_path: Path) -> None:
     assert torch.equal(again(*inputs()), model(*inputs()))
 
 
+def test_only_absolute_positions_tell_equal_patches_apart(tmp_path: Path) -> None:
+    x, t, y = inputs(24, 40)
+    x = x[:, :, :8, :8].repeat(1, 1, 3, 5)  # every patch the same, as all are in expectation at t = 0
+
+    def patches(model: DiP) -> torch.Tensor:
+        return model(x, t, y).unflatten(-1, (5, 8)).unflatten(-3, (3, 8)).transpose(-2, -3)
+
+    rotary, absolute = (opened_up(tiny(absolute_positions=told)).eval() for told in (False, True))
+    for model, apart in ((rotary, False), (absolute, True)):
+        v = patches(model).flatten(2, 3)
+        for other in range(1, v.shape[2]):
+            assert (not torch.allclose(v[:, :, 0], v[:, :, other], atol=1e-4)) == apart
+    absolute.save_pretrained(tmp_path)
+    again = DiP.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert torch.equal(patches(again), patches(absolute))
+    names = [{name for name, _ in model.named_parameters()} for model in (rotary, absolute)]
+    assert names[0] == names[1]  # so that trained weights can go on with or without them
+
+
 @pytest.mark.parametrize(("head", "placement"), DESIGNS)
 def test_gradient_checkpointing_changes_nothing(head: str, placement: str) -> None:
     plain, saving = (opened_up(tiny(head, placement=placement)).train() for _ in range(2))

@@ -61,6 +61,8 @@ class ModelSection:
     prediction: Literal["velocity", "image", "noise"] | None = None
     """What the network puts out; None: velocity. image (the clean image) learns clean strokes much sooner; noise
     trains on the variance-preserving path (Eqs. 1 and 4)."""
+    absolute_positions: bool | None = None
+    """Tell the backbone where in the image a patch lies; None: no, as in the release. Small budgets gain by it."""
 
 
 @_section

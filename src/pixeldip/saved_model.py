@@ -49,6 +49,7 @@ class _Config(TypedDict, total=False):
     head_depth: Depth | None
     placement: str
     prediction: str
+    absolute_positions: bool
 
 
 def check_saved_model(folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Block, TimeEmbedding, modulate, rope_2d
+from .layers import Block, TimeEmbedding, modulate, rope_2d, sinusoids_2d
 
 
 class Backbone(nn.Module):
@@ -22,9 +22,11 @@ class Backbone(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         num_classes: int,
+        absolute_positions: bool = False,
     ):
         super().__init__()
-        self.head_dim = hidden_size // num_heads
+        self.hidden_size, self.head_dim = hidden_size, hidden_size // num_heads
+        self.absolute_positions = absolute_positions
         self.gradient_checkpointing = False
         self.patch_embed = nn.Linear(patch_dim, hidden_size)
         self.time_embed = TimeEmbedding(hidden_size)
@@ -66,7 +68,10 @@ class Backbone(nn.Module):
         time = self.time_embed(t).repeat(len(y), 1)
         c = F.silu(time + self.class_embed(y).flatten(0, 1))
         rope = rope_2d(*grid, self.head_dim, device=patches.device)
-        s = self.patch_embed(patches).repeat(len(y), 1, 1)
+        s = self.patch_embed(patches)
+        if self.absolute_positions:
+            s = s + sinusoids_2d(*grid, self.hidden_size, device=s.device).to(s.dtype)
+        s = s.repeat(len(y), 1, 1)
         for i, block in enumerate(self.blocks, start=1):
             if self.gradient_checkpointing and self.training:
                 s = self._gradient_checkpointing_func(block, s, c, rope)

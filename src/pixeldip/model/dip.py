@@ -38,6 +38,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction: what the network puts out, a name from `pixeldip.flow.OBJECTIVES`: "velocity" (Eq. 5, the
             release), "image", the clean image, or "noise" (Eq. 4). A model keeps it for life, and `forward`
             returns the velocity that follows from it.
+        absolute_positions: adds sinusoids of a patch's place to its embedding. The rotary positions, which are all that
+            the release has, tell patches apart only by what they hold, and at t = 0 that is noise.
 
     Raises:
         UserError: if the sizes do not fit together.
@@ -62,6 +64,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         head_depth: int | None = None,
         placement: str = "post",
         prediction: str = "velocity",
+        absolute_positions: bool = False,
     ):
         super().__init__()
         sizes = {
@@ -91,7 +94,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if prediction not in OBJECTIVES:
             raise UserError(f"prediction={prediction!r}: choose one of {', '.join(OBJECTIVES)}")
         patch_dim = in_channels * patch_size**2
-        self.backbone = Backbone(patch_dim, hidden_size, depth, num_heads, mlp_ratio, num_classes)
+        self.backbone = Backbone(patch_dim, hidden_size, depth, num_heads, mlp_ratio, num_classes, absolute_positions)
         self.injection = None
         if placement != "post":
             between = HEADS[head](in_channels, patch_size, hidden_size, head_width, head_depth)

@@ -67,6 +67,14 @@ def rope_2d(rows: int, columns: int, head_dim: int, device: torch.device | None 
     return angles.cos(), angles.sin()
 
 
+def sinusoids_2d(rows: int, columns: int, size: int, device: torch.device | None = None) -> Tensor:
+    """Cosines and sines of each patch's column, then of its row: (N, size) float32, at the rotary positions."""
+    frequencies = ROPE_BASE ** (-4.0 * torch.arange(size // 4, device=device, dtype=torch.float32) / size)
+    x = torch.linspace(0, ROPE_EXTENT, columns, device=device).repeat(rows)[:, None] * frequencies
+    y = torch.linspace(0, ROPE_EXTENT, rows, device=device).repeat_interleave(columns)[:, None] * frequencies
+    return torch.cat([x.cos(), x.sin(), y.cos(), y.sin()], dim=-1)
+
+
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turns the channel pairs (2j, 2j + 1) of x (B, h, N, d)."""
     cos, sin = rope
