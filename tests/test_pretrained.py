@@ -149,7 +149,8 @@ def test_adapters_alone_are_trained(trained: DiPPipeline, tmp_path: Path, pictur
     layers = {name.rpartition(".lora_")[0] for name in weights}
     assert len(layers) == 2 * 6 and all(name.startswith("backbone.blocks.") for name in layers)
     # the folder holds the base with the adapters added in; the base and its adapters make the same images
-    settings = {"class_labels": ["bee"], "num_inference_steps": 2, "output_type": "latent"}
+    settings = {"class_labels": ["bee"], "num_inference_steps": 2, "guidance_scale": 2.0, "solver": "heun"}
+    settings["output_type"] = "latent"
     sampled = DiPPipeline.from_pretrained(tmp_path / "run")(**settings).images
     base = DiPPipeline.from_pretrained(tmp_path / "trained")
     before = base(**settings).images

@@ -29,6 +29,7 @@ from pixeldip.run_folder import checkpoints, newest_checkpoint, read_metrics
 from pixeldip.training import train
 from pixeldip.training.ema import EMA
 from pixeldip.training.preparation import build_model, check_recipe
+from pixeldip.training.preview import preview_classes
 from pixeldip.training.schedule import draw, learning_rate
 
 from .conftest import saved_state, tiny_recipe
@@ -196,6 +197,22 @@ def test_without_classes(tmp_path: Path, picture_folder: Path) -> None:
     assert len(pipeline(seeds=[0, 1], num_inference_steps=2).images) == 2
     with pytest.raises(UserError, match="trained without classes"):
         pipeline(class_labels=[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "num_classes", "columns", "rows"),
+    [
+        (20, 10, 2, list(range(10))),
+        (32, 10, 4, [0, 1, 2, 3, 5, 6, 7, 8]),
+        (99, 99, 9, list(range(0, 99, 9))),
+        (64, 1000, 8, list(range(0, 1000, 125))),
+        (4, 1, 4, [0]),
+    ],
+)
+def test_a_preview_has_a_row_per_class(images: int, num_classes: int, columns: int, rows: list[int]) -> None:
+    across, labels = preview_classes(images, num_classes)
+    assert across == columns and [labels[i] for i in range(0, images, columns)] == rows
+    assert labels == sorted(labels) and preview_classes(images, 0) == (int(images**0.5), None)
 
 
 @pytest.mark.parametrize(

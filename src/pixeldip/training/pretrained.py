@@ -150,7 +150,7 @@ def _copy_classes(
     for i, label in enumerate(labels):
         row = i if by_id else list(trained_names).index(label) if label in trained_names else None
         if row is None:
-            table[i] += trained[-1]  # on top of its small random start
+            table[i] = trained[-1] + table[i] / 10  # a little of its random start, so that new classes differ
             start.classes_new.append(label)
         else:
             table[i] = trained[row]
