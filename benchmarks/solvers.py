@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from pixeldip.flow import evaluations
+from pixeldip.flow import evaluations, steps_within
 from pixeldip.processes import Processes
 from pixeldip.provenance import environment
 from pixeldip.sampling import deal_classes, load_pipeline, parse_seeds
@@ -51,7 +51,7 @@ def main() -> None:
         pipeline.scheduler = SCHEDULERS[name]() if solver is None else FlowMatchEulerDiscreteScheduler()
         errors[name] = {}
         for budget in BUDGETS:
-            steps = (budget + 1) // 2 if name == "heun" else budget
+            steps = steps_within(name, budget)
             count, samples = evaluations(name, steps), sample(steps, solver)
             errors[name][count] = float(np.sqrt(np.square(samples - solution).mean()))
     asked = {"model": arguments.model, "seeds": arguments.seeds, "guidance": arguments.guidance}

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pixeldip import DiP, DiPPipeline
@@ -85,8 +86,6 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
 
 
 def test_only_the_first_samples_are_kept() -> None:
-    import numpy as np
-
     first = FirstImages()
     for _ in range(3):
         first.add(np.zeros((8, 4, 4, 3), np.uint8))

@@ -45,6 +45,11 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2, scale: int =
     return Image.fromarray(sheet)
 
 
+def enlarged(picture: Image.Image, scale: int) -> Image.Image:
+    """The picture with each pixel `scale` screen pixels wide."""
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
 def display_scale(width: int, target: int = 96) -> int:
     """How many times to enlarge pictures of this width so that a person can judge them."""
     return max(1, round(target / width))

@@ -93,7 +93,7 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
 
     opening = page.load(open_page, None, [a.model, b.model], **PLAIN)
     opening.then(told_in_page(subject_of), a.model, subject.inputs, **PLAIN)
-    opening.then(solutions_of, a.model, [*a.solution.inputs, *b.solution.inputs], **PLAIN)
+    opening.then(told_in_page(solutions_of), a.model, [*a.solution.inputs, *b.solution.inputs], **PLAIN)
     a.model.input(told_in_page(subject_of), a.model, subject.inputs, **TELLING)
     running = start.click(
         told_in_page(compare),

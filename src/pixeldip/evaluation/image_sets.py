@@ -112,7 +112,12 @@ class SourceImages:
 
 
 def open_images(
-    name: str, split: str = "train", size: tuple[int, int] | None = None, allow_enlarging: bool = False
+    name: str,
+    split: str = "train",
+    size: tuple[int, int] | None = None,
+    allow_enlarging: bool = False,
+    label_column: str | None = None,
+    skip_broken: bool = False,
 ) -> SourceImages:
     """A folder, a parquet or webdataset file, a hub dataset or a bundled set by name.
 
@@ -120,7 +125,7 @@ def open_images(
         UserError: if there is no such source, or it holds no images.
     """
     try:
-        source = open_source(DataSection(source=name, split=split))
+        source = open_source(DataSection(source=name, split=split, label_column=label_column))
     except UserError as error:
         raise UserError(str(error).removeprefix("data.source ")) from error
-    return SourceImages(source, name, size, allow_enlarging)
+    return SourceImages(source, name, size, allow_enlarging, skip_broken)

@@ -13,7 +13,7 @@ from .path import (
     velocity,
 )
 from .schedulers import check_flow_scheduler, follow_scheduler, is_default_scheduler, set_times
-from .solvers import SOLVERS, evaluations, is_stochastic, start_state, time_grid
+from .solvers import SOLVERS, evaluations, is_stochastic, start_state, steps_within, time_grid
 
 __all__ = [
     "OBJECTIVES",
@@ -37,6 +37,7 @@ __all__ = [
     "set_times",
     "shift_times",
     "start_state",
+    "steps_within",
     "time_grid",
     "uniform_times",
     "velocity",

@@ -123,3 +123,8 @@ def is_stochastic(solver: str) -> bool:
 def evaluations(solver: str, steps: int) -> int:
     """Velocity evaluations of a whole solution (the paper's NFE counts guided ones as two each)."""
     return 2 * steps - 1 if solver == "heun" else steps
+
+
+def steps_within(solver: str, budget: int) -> int:
+    """The most steps that take no more velocity evaluations than the budget, at least 1."""
+    return (budget + 1) // 2 if solver == "heun" else budget

@@ -173,6 +173,14 @@ def render(template: str, **content: Any) -> str:
     return templates.get_template(template).render(**content)
 
 
+def machine(environment: Mapping[str, Any]) -> str:
+    """Where something was measured, from its `provenance.environment`, for people."""
+    return (
+        f"{environment['device']}, {environment['threads']} threads; torch {environment['torch']}, "
+        f"pixeldip {environment['pixeldip']}"
+    )
+
+
 def write_pages(folder: Path, name: str, content: Mapping[str, Any]) -> Path:
     """Writes report.md and report.html from the templates of a name; returns the HTML page."""
     for kind in ("md", "html"):

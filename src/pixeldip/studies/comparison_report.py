@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..images import display_scale
-from ..report import ACCENT, data_uri, to_svg, write_pages
+from ..images import display_scale, enlarged
+from ..report import ACCENT, data_uri, machine, to_svg, write_pages
 from ..terminal import clock
 from .folder import SETTINGS, read_json
 from .study import Contender, Study
@@ -73,8 +73,7 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
     samples = []
     for row in rows:
         picture = Image.open(row.samples)
-        scale = display_scale(picture.width // 9, 64)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        picture = enlarged(picture, display_scale(picture.width // 9, 64))
         name = f"samples-{row.contender.name}.png"
         picture.save(folder / name, optimize=True)
         samples.append((row.contender.label, f"figures/{name}", data_uri(picture)))
@@ -164,8 +163,7 @@ def facts(settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[s
         "Training": f"{training['steps']} steps of {training['batch_size']} images, the same for all; "
         f"learning rate {recipe['optimizer']['lr']:g}, {recipe['optimizer']['schedule']}; "
         f"{clock(sum(images / result['images_per_second'] for result in results))} in all",
-        "Machine": f"{environment['device']}, {environment['threads']} threads; torch {environment['torch']}, "
-        f"pixeldip {environment['pixeldip']}",
+        "Machine": machine(environment),
     }
 
 

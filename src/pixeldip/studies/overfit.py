@@ -15,11 +15,11 @@ from rich.console import Console
 
 from ..data import BrokenImage, centre_crop, decode
 from ..errors import UserError
-from ..images import psnr
+from ..images import display_scale, enlarged, psnr
 from ..processes import start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
-from ..report import data_uri, to_svg, write_pages
+from ..report import data_uri, machine, to_svg, write_pages
 from ..run_folder import preview_files, read_metrics, step_of
 from ..terminal import clock
 from ..training import train
@@ -128,7 +128,7 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
     results = {c.label: read_json(out / "runs" / c.name / RESULT) for c in named}
     pictures = {c.label: Image.open(out / "runs" / c.name / "reconstruction.png") for c in named}
     first = next(iter(results.values()))
-    recipe, machine = first["recipe"], first["environment"]
+    recipe = first["recipe"]
     side = pictures[named[0].label].size
     pictures["The photograph"] = Image.fromarray(centre_crop(decode(photo.read_bytes()), side[1], side[0]))
     figures = out / "figures"
@@ -155,8 +155,7 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
             "and time of its own, the same for both; one seed",
             "Reconstruction": f"samples from pure noise, {recipe['preview']['solver']}, {recipe['preview']['steps']} "
             f"steps, averaged weights; PSNR is the mean over {recipe['preview']['images']} seeds",
-            "Machine": f"{machine['device']}, {machine['threads']} threads; torch {machine['torch']}, "
-            f"pixeldip {machine['pixeldip']}",
+            "Machine": machine(first["environment"]),
         },
         "commands": list(dict.fromkeys(result["command"] for result in results.values())),
     }
@@ -177,8 +176,7 @@ def _zoom(picture: Image.Image) -> Image.Image:
 
 
 def _enlarged(picture: Image.Image, target: int = 360) -> Image.Image:
-    scale = max(1, round(target / picture.width))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return enlarged(picture, display_scale(picture.width, target))
 
 
 def _curve(results: dict[str, dict[str, Any]]) -> Figure:

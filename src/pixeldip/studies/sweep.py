@@ -12,22 +12,21 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..data import open_source
 from ..errors import UserError
 from ..evaluation import Evaluator
-from ..evaluation.image_sets import SourceImages
+from ..evaluation.image_sets import SourceImages, open_images
 from ..evaluation.registry import METRICS, label
-from ..flow import check_interval, evaluations
-from ..images import display_scale, grid
+from ..flow import check_interval, evaluations, steps_within
+from ..images import display_scale, enlarged, grid
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..provenance import environment
-from ..recipe import DataSection, SamplingSettings
-from ..report import data_uri, to_svg, write_pages
+from ..recipe import SamplingSettings
+from ..report import data_uri, machine, to_svg, write_pages
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import PlainConsole
 from .comparison_report import mean_and_spread
-from .folder import claim, read_json, write_result
+from .folder import SETTINGS, claim, read_json, write_result
 
 SHOWN = 12
 """Samples of every setting that the report shows."""
@@ -59,7 +58,7 @@ class Setting:
     @property
     def sampling(self) -> SamplingSettings:
         return SamplingSettings(
-            steps=(self.evaluations + 1) // 2 if self.solver == "heun" else self.evaluations,
+            steps=steps_within(self.solver, self.evaluations),
             solver=self.solver,
             guidance=self.guidance,
             guidance_interval=self.interval,
@@ -156,14 +155,17 @@ def reference_images(arguments: Any, size: tuple[int, int]) -> SourceImages | No
         return None
     if not arguments.reference:
         raise UserError("--reference is missing: name images that were not trained on")
-    section = DataSection(
-        source=arguments.reference, split=arguments.reference_split, label_column=arguments.label_column
-    )
     try:
-        source = open_source(section)
+        return open_images(
+            arguments.reference,
+            arguments.reference_split,
+            size,
+            arguments.allow_resolution_mismatch,
+            arguments.label_column,
+            skip_broken=True,
+        )
     except UserError as error:
-        raise UserError(str(error).replace("data.source", "--reference")) from error
-    return SourceImages(source, arguments.reference, size, arguments.allow_resolution_mismatch, skip_broken=True)
+        raise UserError(f"--reference {error}") from error
 
 
 def classes_like(real: SourceImages | None, pipeline: DiPPipeline) -> list[int]:
@@ -229,7 +231,7 @@ class Row:
 
 def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
     """Writes report.html, report.md and figures of the settings; returns the HTML page."""
-    facts = read_json(out / "study.json")
+    facts = read_json(out / SETTINGS)
     rows = [Row(s, read_json(_result(out, s)), _result(out, s).with_suffix(".png")) for s in settings]
     first = rows[0].result
     metrics = list(first["metrics"])
@@ -241,19 +243,17 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
     shown = []
     for row in rows:
         picture = Image.open(row.samples)
-        scale = display_scale(picture.height, 64)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+        picture = enlarged(picture, display_scale(picture.height, 64))
         picture.save(figures / f"{row.setting.name}.png", optimize=True)
         shown.append((in_words(row.setting), f"figures/{row.setting.name}.png", data_uri(picture)))
-    asked, machine = facts["sweep"], first["environment"]
+    asked = facts["sweep"]
     as_reference = "with the reference's classes in its numbers" if facts["classes_as_reference"] else "of all classes"
     content = {
         "facts": {
             "Model": asked["model"],
             "Reference": asked["reference"],
             "Samples": f"{first['count']} for every setting, the same seeds, {as_reference}",
-            "Machine": f"{machine['device']}, {machine['threads']} threads; torch {machine['torch']}, "
-            f"pixeldip {machine['pixeldip']}",
+            "Machine": machine(first["environment"]),
         },
         "head": ["", *(label(m, first["count"]) for m in metrics), "ms per image"],
         "table": [_cells(row, metrics) for row in rows],
@@ -305,10 +305,8 @@ def _verdict(rows: Sequence[Row], metric: str) -> str:
 
 def _curves(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
     """Each metric against the evaluations, where one solver has several, else against the guidance scale."""
-    solvers = {row.setting.solver: set() for row in rows}
-    for row in rows:
-        solvers[row.setting.solver].add(row.setting.evaluations)
-    over = "evaluations" if any(len(counts) > 1 for counts in solvers.values()) else "guidance"
+    budgets = {(row.setting.solver, row.setting.evaluations) for row in rows}
+    over = "evaluations" if len(budgets) > len({solver for solver, _ in budgets}) else "guidance"
     lines = _lines(rows, over)
     figure = Figure(figsize=(3.9 * len(metrics) + 2.2, 3.4), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
