@@ -103,7 +103,8 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
         show_progress_on=line,
         **SAMPLING,
     )
-    stop.click(lambda: "stopped", None, line, cancels=running, **PLAIN)
+    running.failure(lambda: "stopped", None, line, **PLAIN)
+    stop.click(None, None, None, cancels=running, **PLAIN)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> str:

@@ -172,7 +172,8 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         **SAMPLING,
     )
     running.success(show_gallery, None, [pictures, shown], **PLAIN)
-    stop.click(lambda: "stopped", None, line, cancels=running, **PLAIN)
+    running.failure(lambda: "stopped", None, line, **PLAIN)  # told once it has ended: its last view cannot come later
+    stop.click(None, None, None, cancels=running, **PLAIN)
     gr.on(
         [moment.input, what.input],
         look_along,
