@@ -8,7 +8,8 @@ import pytest
 
 from pixeldip import DiP, DiPPipeline
 from pixeldip.cli import SweepArguments, main
-from pixeldip.studies.sweep import FirstImages, Setting, classes_like, combinations, reference_images
+from pixeldip.studies.sweep import FirstImages, classes_like, reference_images
+from pixeldip.studies.sweep_settings import Setting, combinations
 
 from .conftest import TINY_MODEL, make_picture, opened_up
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -152,14 +153,19 @@ def _median_rate(metrics: Sequence[Mapping[str, float]]) -> float:
     return rates[len(rates) // 2] if rates else 0.0
 
 
+def light_frame(axes: Axes, **grid: Any) -> None:
+    """What every plot here has: a faint grid (arguments of `Axes.grid`), and no box around it."""
+    axes.grid(alpha=0.25, **grid)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def loss_curve(metrics: Sequence[Mapping[str, float]]) -> str:
     """The training loss against the step, as inline SVG."""
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     axes = figure.subplots()
     axes.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color=ACCENT, linewidth=1.4)
     axes.set(xlabel="step", ylabel="velocity loss (mean of squares)", yscale="log")
-    axes.grid(which="both", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    light_frame(axes, which="both")
     return to_svg(figure)
 
 

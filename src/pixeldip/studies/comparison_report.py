@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..images import display_scale, enlarged
-from ..report import ACCENT, data_uri, machine, to_svg, write_pages
+from ..report import ACCENT, data_uri, light_frame, machine, to_svg, write_pages
 from ..terminal import clock
 from .folder import SETTINGS, read_json
 from .study import Contender, Study
@@ -197,8 +197,7 @@ def _dots(rows: Sequence[Row], measures: Sequence[Measure]) -> Figure:
             axes.axvline(measure.scale * measure.floor, color="#888", linestyle=":", linewidth=1.2)
         direction = "lower is better" if measure.lower_is_better else "dotted: real images"
         axes.set_title(f"{measure.label}\n{direction}", fontsize=9)
-        axes.grid(axis="x", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        light_frame(axes, axis="x")
         axes.tick_params(labelsize=8)
     panels[0].set_yticks(list(places), [row.contender.label for row in rows])
     panels[0].set_ylim(0.4, len(rows) + 0.6)
@@ -219,7 +218,6 @@ def _loss_by_time(rows: Sequence[Row]) -> Figure:
         ratio = [value / middle for value, middle in zip(curve, mean)]
         axes.plot(times, ratio, "o-", markersize=3, linewidth=1.4, label=row.contender.label)
     axes.set(xlabel="t (0 noise, 1 image)", ylabel="loss / mean of all contenders")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    light_frame(axes)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

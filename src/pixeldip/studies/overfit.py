@@ -19,7 +19,7 @@ from ..images import display_scale, enlarged, psnr
 from ..processes import start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
-from ..report import data_uri, machine, to_svg, write_pages
+from ..report import data_uri, light_frame, machine, to_svg, write_pages
 from ..run_folder import preview_files, read_metrics, step_of
 from ..terminal import clock
 from ..training import train
@@ -186,7 +186,6 @@ def _curve(results: dict[str, dict[str, Any]]) -> Figure:
         steps: Sequence[int] = sorted(map(int, result["psnr"]))
         axes.plot(steps, [result["psnr"][str(step)] for step in steps], "o-", markersize=3, linewidth=1.6, label=label)
     axes.set(xlabel="step", ylabel="PSNR of samples, dB", ylim=(0, None))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    light_frame(axes)
     axes.legend(frameon=False)
     return figure

@@ -1,0 +1,66 @@
+"""What a sweep compares: settings of sampling, each a row of its table."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+from ..flow import check_interval, evaluations, steps_within
+from ..recipe import SamplingSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One combination: a row of the table.
+
+    Args:
+        evaluations: of the network, a guided pair counted as one.
+    """
+
+    solver: str
+    evaluations: int
+    guidance: float
+    interval: tuple[float, float]
+    time_shift: float
+
+    @property
+    def name(self) -> str:
+        interval = "" if self.guidance == 1 else f"-from{self.interval[0]:g}to{self.interval[1]:g}"
+        shift = "" if self.time_shift == 1 else f"-shift{self.time_shift:g}"
+        return f"{self.solver}-{self.evaluations}-guidance{self.guidance:g}{interval}{shift}"
+
+    @property
+    def in_words(self) -> str:
+        """As the flags of `pixeldip sample` name it."""
+        text = f"{self.solver}, {self.evaluations} evaluations, guidance {self.guidance:g}"
+        if self.guidance != 1 and self.interval != (0.0, 1.0):
+            text += f" for {self.interval[0]:g} < t < {self.interval[1]:g}"
+        return text + (f", time shift {self.time_shift:g}" if self.time_shift != 1 else "")
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return SamplingSettings(
+            steps=steps_within(self.solver, self.evaluations),
+            solver=self.solver,
+            guidance=self.guidance,
+            guidance_interval=self.interval,
+            time_shift=self.time_shift,
+        )
+
+
+def combinations(arguments: Any) -> list[Setting]:
+    """Every combination of the values of `SweepArguments`, each once: without guidance there is no interval, and
+    Heun's solver takes an odd number of evaluations.
+
+    Raises:
+        UserError: if an interval is the wrong way round.
+    """
+    for interval in arguments.guidance_interval:
+        check_interval(interval)
+    lists = (arguments.solver, arguments.evaluations, arguments.guidance, arguments.guidance_interval)
+    found: dict[str, Setting] = {}
+    for solver, count, guidance, interval, shift in itertools.product(*lists, arguments.time_shift):
+        interval = (0.0, 1.0) if guidance == 1 else tuple(interval)
+        asked = Setting(solver, count, guidance, interval, shift)
+        setting = dataclasses.replace(asked, evaluations=evaluations(solver, asked.sampling.steps))
+        found.setdefault(setting.name, setting)
+    return list(found.values())
