@@ -177,11 +177,13 @@ def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFi
 def test_overfitting_any_photograph(tmp_path: Path) -> None:
     make_picture(3, 300, 200).save(tmp_path / "mine.jpg")
     out = tmp_path / "study"
-    assert study("overfit", "--image", tmp_path / "mine.jpg", "--steps", 2, "--out", out) == 0
+    arguments = ("overfit", "--image", tmp_path / "mine.jpg", "--steps", 2, "--out", out)
+    assert study(*arguments, "--resolution", 100) == 2  # no multiple of the patch size: the folder is not taken
+    assert study(*arguments, "--resolution", 64) == 0
     for contender in ("dit", "dip"):
         result = json.loads((out / "runs" / contender / "result.json").read_text())
         assert list(result["psnr"]) == ["2"] and 3 < result["psnr"]["2"] < 20
-        assert Image.open(out / "runs" / contender / "reconstruction.png").size == (128, 128)
+        assert Image.open(out / "runs" / contender / "reconstruction.png").size == (64, 64)
     assert {path.name for path in (out / "figures").iterdir()} == {
         *("dit-only.png", "dit-only-zoom.png", "dip.png", "dip-zoom.png"),
         *("the-photograph.png", "the-photograph-zoom.png", "psnr.svg"),
@@ -214,6 +216,7 @@ def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
             ["features", "--data", "{plain}", "--held-out", "{plain}", "--held-out-split", "train"],
             "at least two classes",
         ),
+        (["heads", "--resolution", "64"], "--image and --resolution are of overfit"),
         (["overfit", "--image", "no.jpg"], "--image no.jpg: No such file"),
         (["overfit", "--image", "{broken}"], "broken.jpg"),
     ],

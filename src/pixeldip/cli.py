@@ -225,6 +225,8 @@ class StudyArguments:
     """A reference .npz to measure distances to, in place of the held-out images."""
     image: Path | None = None
     """The photograph of overfit; by default the bundled one."""
+    resolution: Positive | None = None
+    """Height and width overfit crops and scales its photograph to; by default the scale's."""
     contenders: tuple[str, ...] = ()
     """Names of those to compare, for instance unet dit; by default all of the study's."""
     seeds: Positive = 3

@@ -31,7 +31,17 @@ def study_command(arguments: Any) -> int:
     out = arguments.out or Path("runs") / f"study-{name}-{arguments.scale}"
     console = PlainConsole()
     if name == OVERFIT.name:
-        return run_overfit(out, arguments.scale, arguments.image, arguments.steps, arguments.device, console)
+        return run_overfit(
+            out,
+            arguments.scale,
+            arguments.image,
+            arguments.resolution,
+            arguments.steps,
+            arguments.device,
+            console,
+        )
+    if arguments.image or arguments.resolution:
+        raise UserError(f"--image and --resolution are of overfit; {name} has its scale's resolution")
     options = ComparisonOptions(
         out,
         arguments.scale,

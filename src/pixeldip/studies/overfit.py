@@ -23,6 +23,7 @@ from ..report import data_uri, light_frame, machine, to_svg, write_pages
 from ..run_folder import preview_files, read_metrics, step_of
 from ..terminal import clock
 from ..training import train
+from ..training.preparation import check_recipe
 from .comparisons import dit, unet
 from .folder import claim, read_json, write_result
 from .study import Contender, Scale, Study, changed, contender_recipe
@@ -47,17 +48,27 @@ OVERFIT = Study(
 )
 
 
-def run_overfit(out: Path, scale: Scale, image: Path | None, steps: int | None, device: str, console: Console) -> int:
+def run_overfit(
+    out: Path,
+    scale: Scale,
+    image: Path | None,
+    resolution: int | None,
+    steps: int | None,
+    device: str,
+    console: Console,
+) -> int:
     """Trains both networks on the photograph, writes the report; returns the exit status.
 
     Raises:
-        UserError: if the photograph cannot be read, or the folder holds a study of other settings.
+        UserError: if the photograph cannot be read, the resolution is no multiple of the patch size, or the folder
+            holds a study of other settings.
     """
     photo = _photo(image)
     base = load_recipe(f"overfit-{scale}")
     base = changed(base, "training", {"device": device, **({"steps": steps} if steps else {})})
     source = out / "photo"
-    base = changed(base, "data", {"source": str(source)})
+    base = changed(base, "data", {"source": str(source), **({"resolution": resolution} if resolution else {})})
+    check_recipe(base, world_size=1)
     claim(out, {"study": OVERFIT.name, "scale": scale, "photo": photo.name, "recipe": recipe_values(base)})
     source.mkdir(exist_ok=True)
     shutil.copyfile(photo, source / photo.name)
