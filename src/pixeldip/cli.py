@@ -20,6 +20,7 @@ from .recipe import (
     Positive,
     Recipe,
     SamplingFlags,
+    Solver,
     check_flags,
     check_values,
     load_recipe,
@@ -257,7 +258,7 @@ class SweepArguments(EvaluationOptions):
     guidance: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 3.0, 4.0)
     guidance_interval: Annotated[tuple[tuple[Fraction, Fraction], ...], Field(min_length=1)] = ((0.1, 1.0),)
     """One or more pairs, for instance 0 1 0.1 1."""
-    solver: Annotated[tuple[Literal["euler", "heun", "ab2", "ddim", "ancestral"], ...], Field(min_length=1)] = ("ab2",)
+    solver: Annotated[tuple[Solver, ...], Field(min_length=1)] = ("ab2",)
     evaluations: Annotated[tuple[Positive, ...], Field(min_length=1)] = (20,)
     """Of the network, a guided pair counted as one: as many steps, or half as many of heun."""
     time_shift: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)

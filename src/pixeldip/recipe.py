@@ -180,13 +180,17 @@ _PIPELINE_ARGUMENTS = {
 }
 
 
+Solver = Literal["euler", "heun", "ab2", "ddim", "ancestral"]
+"""The names of `flow.SOLVERS`."""
+
+
 @_section
 @dataclass
 class SamplingSettings:
     """How images come from noise."""
 
     steps: Positive = 50
-    solver: Literal["euler", "heun", "ab2", "ddim", "ancestral"] = "euler"
+    solver: Solver = "euler"
     guidance: float = 4.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[Fraction, Fraction] = (0.1, 1.0)
@@ -217,7 +221,7 @@ class SamplingFlags:
     are."""
 
     steps: Positive | None = None
-    solver: Literal["euler", "heun", "ab2", "ddim", "ancestral"] | None = None
+    solver: Solver | None = None
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[Fraction, Fraction] | None = None
@@ -237,7 +241,7 @@ class PreviewSection(SamplingSettings):
     """Sample grids from the EMA weights during training, always of the same seeds."""
 
     steps: Positive = 30
-    solver: Literal["euler", "heun", "ab2", "ddim", "ancestral"] = "ab2"
+    solver: Solver = "ab2"
     guidance: float = 2.0
     every: NonNegative = 1000
     """Steps between previews; 0: none."""

@@ -1,5 +1,6 @@
 """What `pixeldip study` does with its arguments."""
 
+import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ from .study import Study
 
 STUDIES: dict[str, Study] = {**COMPARISONS, OVERFIT.name: OVERFIT, FEATURES.name: FEATURES}
 
+COMPARED = ("data", "split", "held_out", "held_out_split", "reference", "contenders", "seeds", "images")
+"""Flags of the studies that compare on a set of images; overfit has none."""
+OVERFITTED = ("image", "resolution")
+"""Flags of overfit alone."""
+
 
 def study_command(arguments: Any) -> int:
     """Args: arguments: the command line's `StudyArguments`. Returns the exit status.
@@ -27,6 +33,10 @@ def study_command(arguments: Any) -> int:
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, n=1)
         raise UserError(f"no study {name!r}; " + (f"perhaps {near[0]}" if near else f"there are {', '.join(STUDIES)}"))
+    foreign = COMPARED if name == OVERFIT.name else OVERFITTED
+    given = [f.name for f in dataclasses.fields(arguments) if getattr(arguments, f.name) != f.default]
+    for flag in filter(foreign.__contains__, given):
+        raise UserError(f"--{flag.replace('_', '-')} means nothing to the {name} study; leave it out")
     keep_freed_memory()
     out = arguments.out or Path("runs") / f"study-{name}-{arguments.scale}"
     console = PlainConsole()
@@ -40,8 +50,6 @@ def study_command(arguments: Any) -> int:
             arguments.device,
             console,
         )
-    if arguments.image or arguments.resolution:
-        raise UserError(f"--image and --resolution are of overfit; {name} has its scale's resolution")
     options = ComparisonOptions(
         out,
         arguments.scale,

@@ -15,7 +15,7 @@ from ..images import grid
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..provenance import environment
-from ..sampling import SampledImages, load_pipeline
+from ..sampling import SampledImages, deal_classes, load_pipeline
 from ..terminal import PlainConsole
 from .folder import claim, write_result
 from .sweep_report import SHOWN, result_file, write_sweep_report
@@ -106,12 +106,13 @@ def reference_images(arguments: Any, size: tuple[int, int]) -> SourceImages | No
 
 
 def classes_like(real: SourceImages | None, pipeline: DiPPipeline) -> list[int]:
-    """The class of each real image, so that samples have every class as often; empty if the classes are not the
-    model's, and samples then have them all equally often."""
-    names = list(pipeline.config.class_names or ())
-    if real is None or real.labels is None or not names or list(real.source.class_names) != names:
+    """The class of each real image, found by name, so that samples have every class as often; in a random order, so
+    that few samples do, too. Empty if some class is none of the model's: samples then have all equally often."""
+    ids = {name: k for k, name in enumerate(pipeline.config.class_names or ())}
+    if real is None or real.labels is None or not ids:
         return []
-    return real.labels.tolist()
+    classes = [ids.get(real.source.class_names[label]) for label in real.labels]
+    return [] if None in classes else deal_classes(classes, len(classes), order_seed=0)
 
 
 def _keep(out: Path, setting: Setting, first: FirstImages, record: dict[str, Any], processes: Processes) -> None:

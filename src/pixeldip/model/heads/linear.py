@@ -23,7 +23,7 @@ class LinearHead(nn.Module):
     ):
         super().__init__()
         if width is not None or depth is not None:
-            raise UserError("head_width and head_depth do not apply to head='linear'; leave them out")
+            raise UserError("head_width and head_depth mean nothing to head='linear'; leave them out, or say None")
         self.out = nn.Linear(hidden_size, in_channels * patch_size**2)
         nn.init.normal_(self.out.weight, std=0.01 * hidden_size**-0.5)
         nn.init.zeros_(self.out.bias)
