@@ -11,14 +11,13 @@ from PIL import Image
 
 from pixeldip import DiP
 from pixeldip.cli import main
-from pixeldip.images import from_uint8, grid, psnr
+from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe
 from pixeldip.studies import STUDIES
 from pixeldip.studies.comparison_report import differ
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
 from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
-from pixeldip.studies.overfit import previews
 from pixeldip.studies.study import contender_recipe
 from pixeldip.training.preparation import check_recipe, model_config
 
@@ -129,14 +128,6 @@ def test_probe_and_silhouette_know_clusters_from_noise() -> None:
 def test_psnr() -> None:
     black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
     assert psnr(black, grey) == pytest.approx(20 * math.log10(5)) and psnr(grey, grey) == math.inf
-
-
-def test_previews_are_cut_apart_again(tmp_path: Path) -> None:
-    pictures = [make_picture(i, 12, 10) for i in range(4)]
-    (tmp_path / "previews").mkdir()
-    grid(pictures, 2).save(tmp_path / "previews" / "step-00000007.png")
-    (found,) = previews(tmp_path, 12, 10, 4).items()
-    assert found[0] == 7 and all(np.array_equal(a, np.asarray(b)) for a, b in zip(found[1], pictures, strict=True))
 
 
 def test_what_counts_as_different() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -166,6 +167,9 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
 
 
+_groups = itertools.count()  # of this process; all processes of a command open as many
+
+
 def start_processes(device_name: str) -> Processes:
     """Joins the process group that torchrun describes in the environment, if it does.
 
@@ -197,14 +201,15 @@ def start_processes(device_name: str) -> Processes:
 
 
 def _fresh_store() -> dist.Store:
-    """Where the processes find each other, apart from what those before a restart by torchrun left in its store.
+    """Where the processes find each other, apart from what earlier groups, and those before a restart by torchrun, left
+    in its store.
 
     The machines of several count their restarts apart, so there torchrun must open another store for each start.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
-    return dist.PrefixStore(f"start {start}", store)
+    return dist.PrefixStore(f"start {start}, group {next(_groups)}", store)
 
 
 def stop_processes() -> None:

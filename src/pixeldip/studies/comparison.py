@@ -19,7 +19,7 @@ from ..recipe import Recipe, load_recipe, recipe_values
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import clock, some
 from ..training import train
-from .folder import claim, read_json, write_result
+from .folder import alone_in, claim, read_json, write_result
 from .measures import measure_costs, measure_quality, training_rate
 from .study import Contender, Study, changed, contender_recipe
 
@@ -79,7 +79,8 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
     contenders = chosen_contenders(study, options)
     held_out_from = {"source": options.held_out or base.data.source, "split": options.held_out_split}
     recipe = recipe_values(base)
-    claim(options.out, {"study": study.name, "scale": options.scale, "held_out": held_out_from, "recipe": recipe})
+    facts = {"study": study.name, "scale": options.scale, "held_out": held_out_from, "recipe": recipe}
+    alone_in(options.device, console, lambda _: claim(options.out, facts))
     runs = [(contender, seed) for seed in range(options.seeds) for contender in contenders]
     began, done_here = time.perf_counter(), 0
     for number, (contender, seed) in enumerate(runs, start=1):
@@ -95,17 +96,15 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
             return 128 + outcome.interrupted_by
         _measure(comparison, folder, recipe, held_out, {"contender": contender.name, "seed": seed}, console)
         done_here += 1
-    processes = start_processes(options.device)
-    try:
-        if processes.is_main:
-            if comparison.with_costs:
-                recipes = {c.name: contender_recipe(base, c, 0, base.out) for c in contenders}
-                _costs(options.out, recipes, len(held_out.class_names), processes)
-            page = comparison.report(study, options.out, contenders, options.seeds)
-            console.print(f"done; open {page}", highlight=False, soft_wrap=True)
-        processes.barrier()
-    finally:
-        stop_processes()
+
+    def conclude(processes: Processes) -> Path:
+        if comparison.with_costs:
+            recipes = {c.name: contender_recipe(base, c, 0, base.out) for c in contenders}
+            _costs(options.out, recipes, len(held_out.class_names), processes)
+        return comparison.report(study, options.out, contenders, options.seeds)
+
+    page = alone_in(options.device, console, conclude)
+    console.print(f"done; open {page}", highlight=False, soft_wrap=True)
     return 0
 
 

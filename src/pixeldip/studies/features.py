@@ -144,11 +144,10 @@ def measure_features(
 
 
 def _labelled(source: Source, size: tuple[int, int], per_class: int) -> tuple[Tensor, np.ndarray]:
-    labels = source.labels()
     images = SourceImages(source, "labelled images", size, allow_enlarging=True, skip_broken=True)
-    rows = chosen_rows(labels, per_class)
+    rows = chosen_rows(images.labels, per_class)
     pixels = np.concatenate([images.read(row, row + 1) for row in rows])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2), labels[rows]
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2), images.labels[rows]
 
 
 def write_features_report(study: Study, out: Path, contenders: Sequence[Contender], seeds: int) -> Path:

@@ -1,12 +1,15 @@
 """A study's folder: what it says about itself, and files that are complete or not there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from ..errors import UserError
 from ..files import check_writable, write_text
+from ..processes import Processes, start_processes, stop_processes
 from ..provenance import made_by
 
 SETTINGS = "study.json"
@@ -29,6 +32,17 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{out} holds a study with another {key}: give the same arguments, or another folder with --out"
             )
+
+
+def alone_in(device: str, console: Console, work: Callable[[Processes], Any]) -> Any:
+    """What `work` returns in the main process, in all of them, as a group of its own between those of trainings. The
+    consoles of the others are quiet from then on."""
+    processes = start_processes(device)
+    console.quiet |= not processes.is_main
+    try:
+        return processes.on_main(lambda: work(processes))
+    finally:
+        stop_processes()
 
 
 def write_result(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """One photograph, overfitted (Fig. 3): what the DiT-only network cannot paint, and how fast DiP does."""
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Sequence
 from importlib import resources
@@ -15,21 +14,25 @@ from rich.console import Console
 
 from ..data import BrokenImage, centre_crop, decode
 from ..errors import UserError
+from ..files import file_sha256
 from ..images import display_scale, enlarged, psnr
-from ..processes import start_processes, stop_processes
+from ..processes import Processes, start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
 from ..report import data_uri, light_frame, machine, to_svg, write_pages
-from ..run_folder import preview_files, read_metrics, step_of
+from ..run_folder import read_metrics
 from ..terminal import clock
 from ..training import train
 from ..training.preparation import check_recipe
+from ..training.preview import read_previews
 from .comparisons import dit, unet
-from .folder import claim, read_json, write_result
+from .folder import alone_in, claim, read_json, write_result
 from .study import Contender, Scale, Study, changed, contender_recipe
 
 PHOTO = "red-panda.jpg"
 RESULT = "result.json"
+LARGEST_PSNR = 100.0
+"""In dB; what an equal image counts as, since JSON has no infinity."""
 ZOOM = 4
 """The zoom shows the middle of the image, 1 / ZOOM of its sides."""
 
@@ -69,9 +72,14 @@ def run_overfit(
     source = out / "photo"
     base = changed(base, "data", {"source": str(source), **({"resolution": resolution} if resolution else {})})
     check_recipe(base, world_size=1)
-    claim(out, {"study": OVERFIT.name, "scale": scale, "photo": photo.name, "recipe": recipe_values(base)})
-    source.mkdir(exist_ok=True)
-    shutil.copyfile(photo, source / photo.name)
+    settings = {"study": OVERFIT.name, "scale": scale, "photo": photo.name, "photo_sha256": file_sha256(photo)}
+
+    def prepare(_: Processes) -> None:
+        claim(out, {**settings, "recipe": recipe_values(base)})
+        source.mkdir(exist_ok=True)
+        shutil.copyfile(photo, source / photo.name)
+
+    alone_in(device, console, prepare)
     for contender in OVERFIT.contenders(scale):
         folder = out / "runs" / contender.name
         if (folder / RESULT).is_file():
@@ -82,7 +90,7 @@ def run_overfit(
         if outcome.interrupted_by is not None:
             return 128 + outcome.interrupted_by
         _measure(folder, recipe, source / photo.name, contender)
-    page = _write_report(out, scale, source / photo.name)
+    page = alone_in(device, console, lambda _: _write_report(out, scale, source / photo.name))
     console.print(f"done; open {page}", highlight=False, soft_wrap=True)
     return 0
 
@@ -96,25 +104,14 @@ def _photo(image: Path | None) -> Path:
     return path
 
 
-def previews(run: Path, height: int, width: int, count: int) -> dict[int, list[np.ndarray]]:
-    """The images of a run's previews by step: sampled from the averaged weights, with seeds 0, 1 …"""
-    columns, gap = math.isqrt(count), 2
-    found = {}
-    for path in preview_files(run):
-        sheet = np.asarray(Image.open(path).convert("RGB"))
-        places = [(i // columns * (height + gap), i % columns * (width + gap)) for i in range(count)]
-        found[step_of(path)] = [sheet[top : top + height, left : left + width] for top, left in places]
-    return found
-
-
 def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender) -> None:
     processes = start_processes(recipe.training.device)
     try:
         if processes.is_main:
             size = image_size(recipe.data)
             target = centre_crop(decode(photo.read_bytes()), *size)
-            images = previews(folder, *size, recipe.preview.images)
-            curve = {step: float(np.mean([psnr(i, target) for i in taken])) for step, taken in images.items()}
+            images = read_previews(folder, size, recipe.preview.images)
+            curve = {step: _mean_psnr(taken, target) for step, taken in images.items()}
             Image.fromarray(images[max(images)][0]).save(folder / "reconstruction.png")
             entries = read_metrics(folder)
             rate = float(np.median([entry["images_per_second"] for entry in entries]))
@@ -132,6 +129,10 @@ def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender) ->
         processes.barrier()
     finally:
         stop_processes()
+
+
+def _mean_psnr(images: Sequence[np.ndarray], target: np.ndarray) -> float:
+    return float(np.mean([min(psnr(image, target), LARGEST_PSNR) for image in images]))
 
 
 def _write_report(out: Path, scale: Scale, photo: Path) -> Path:

@@ -1,17 +1,20 @@
 """How a model is best sampled: every combination of some settings, measured on the same seeds and classes."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..errors import UserError
 from ..evaluation import Evaluator
 from ..evaluation.image_sets import SourceImages, open_images
 from ..images import grid
+from ..model import DiP
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, keep_freed_memory, start_processes, stop_processes
 from ..provenance import environment
@@ -20,6 +23,9 @@ from ..terminal import PlainConsole
 from .folder import claim, write_result
 from .sweep_report import SHOWN, result_file, write_sweep_report
 from .sweep_settings import Setting, combinations
+
+ASKED = ("model", "reference", "reference_split", "label_column", "images", "metrics", "train_images", "train_split")
+"""Arguments that must be the same for all that one folder holds."""
 
 
 class FirstImages:
@@ -59,8 +65,7 @@ def sweep_command(arguments: Any) -> int:
         )
         if "nearest" in options.metrics and not options.train_images:
             raise UserError("nearest measures the distance to the training images: name them, --train-images")
-        asked = ("model", "reference", "reference_split", "label_column", "images", "metrics", "train_images")
-        facts = {name: getattr(arguments, name) for name in asked}
+        facts = {name: getattr(arguments, name) for name in ASKED} | {"weights": weights_sha256(pipeline.model)}
         missing = [s for s in settings if not processes.on_main(lambda s=s: result_file(arguments.out, s).is_file())]
         evaluator = Evaluator(options, *size, processes, console, real) if missing else None
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))
@@ -84,6 +89,15 @@ def sweep_command(arguments: Any) -> int:
     finally:
         stop_processes()
     return 0
+
+
+def weights_sha256(model: DiP) -> str:
+    """What tells a model from the same one trained further, or computed with in another precision."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def reference_images(arguments: Any, size: tuple[int, int]) -> SourceImages | None:

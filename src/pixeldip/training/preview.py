@@ -4,11 +4,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from ..images import display_scale, grid
 from ..model import DiP
 from ..pipeline import DiPPipeline
 from ..recipe import PreviewSection
-from ..run_folder import PREVIEWS, step_name
+from ..run_folder import PREVIEWS, preview_files, step_name, step_of
+
+SHOWN_WIDTH = 64  # screen pixels of a picture, or more
+GAP = 2
 
 
 def preview_classes(images: int, num_classes: int) -> tuple[int, list[int] | None]:
@@ -30,5 +36,24 @@ def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], pre
     folder.mkdir(exist_ok=True)
     file = folder / f"{step_name(step)}.png"
     written = file.with_name(f".{file.name}")  # the app may be looking into the folder
-    grid(images, columns, scale=display_scale(images[0].width, 64)).save(written)
+    grid(images, columns, gap=GAP, scale=display_scale(images[0].width, SHOWN_WIDTH)).save(written)
     written.replace(file)
+
+
+def read_previews(run: Path, size: tuple[int, int], images: int, num_classes: int = 0) -> dict[int, list[np.ndarray]]:
+    """The pictures of a run's previews by step, uint8 (H, W, 3) each.
+
+    Args:
+        size: (height, width) of a picture.
+        images: in a preview.
+        num_classes: of the model.
+    """
+    (height, width), scale = size, display_scale(size[1], SHOWN_WIDTH)
+    columns, _ = preview_classes(images, num_classes)
+    found = {}
+    for path in preview_files(run):
+        sheet = np.asarray(Image.open(path).convert("RGB"))
+        places = [(i // columns * (height * scale + GAP), i % columns * (width * scale + GAP)) for i in range(images)]
+        cut = [sheet[top : top + height * scale, left : left + width * scale] for top, left in places]
+        found[step_of(path)] = [picture[::scale, ::scale] for picture in cut]
+    return found
