@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,9 @@ def test_a_reader_that_has_seen_enough() -> None:
         (["evaluate", "reference", "emoji", "--resolution", "0"], "--resolution: input should be"),
         (["evaluate", "reference", "emoji", "--out", "."], "cannot be written (a folder has that name)"),
         (["evaluate", "a.npz"], "a.npz: no such file"),
-        (["demo", "--steps", "0"], "at least 1"),
+        (["demo", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
+        (["demo", "--seed", "-1"], "--seed: input should be greater than or equal to 0, found -1"),
+        (["sample", "{model}", "--class-order-seed", "-1"], "--class-order-seed: input should be"),
     ],
 )
 def test_mistakes_are_one_message_and_status_2(
@@ -84,6 +87,17 @@ def test_mistakes_are_one_message_and_status_2(
     assert main([a.format(model=model_folder) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("out", ["samples", "samples.npz"])
+def test_sampling_onto_a_full_disk(out: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        status = main(["sample", str(model_folder), "--seeds", "0-3", "--steps", "1", "--out", str(tmp_path / out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "cannot be written (File too large)" in capsys.readouterr().err
 
 
 def test_a_mistyped_flag_is_named(capsys: pytest.CaptureFixture) -> None:

@@ -274,6 +274,7 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
         ({"class_labels": [0], "height": 20}, "multiples of 8"),
         ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt; there is only latents"),
         ({"class_labels": [0], "num_inference_steps": 0}, "at least one step"),
+        ({"class_labels": [0], "seeds": [-1]}, "seeds: -1 is below 0"),
     ],
 )
 def test_arguments_out_of_range(pipeline: DiPPipeline, arguments: dict, message: str) -> None:

@@ -16,6 +16,7 @@ from .recipe import (
     EvaluationOptions,
     Fraction,
     ModelSection,
+    NonNegative,
     PlanOptions,
     Positive,
     Recipe,
@@ -75,7 +76,9 @@ def demo(arguments: list[str]) -> int:
     """Train a small model on the bundled pictures, sample it, write a report: the tour."""
     from .demo import DemoArguments, run_demo
 
-    return run_demo(tyro.cli(DemoArguments, prog="pixeldip demo", args=arguments))
+    parsed = tyro.cli(DemoArguments, prog="pixeldip demo", args=arguments)
+    check_flags(parsed)
+    return run_demo(parsed)
 
 
 @dataclass
@@ -134,7 +137,7 @@ class SampleArguments(SamplingFlags):
     """Class names or ids; by default all of them."""
     seeds: str = "0-15"
     """One image per seed: 7, 0-15 or 0-7,20. The classes are dealt out in turn, and in an .npz in a random order."""
-    class_order_seed: int | None = None
+    class_order_seed: NonNegative | None = None
     """Deal the classes out in the random order of this seed; None: 0 for an .npz, in turn for a folder."""
     height: Positive | None = None
     width: Positive | None = None

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from .data import open_source
-from .errors import UserError
 from .evaluation import ArrayImages
 from .evaluation.extractors import load_extractor
 from .evaluation.image_sets import SourceImages
@@ -23,7 +22,7 @@ from .files import write_json
 from .images import to_pil
 from .processes import Processes, choose_device, choose_precision
 from .provenance import made_by
-from .recipe import Recipe, image_size, load_recipe
+from .recipe import NonNegative, Positive, Recipe, image_size, load_recipe
 from .report import demo_page
 from .sampling import load_pipeline
 from .terminal import PlainConsole
@@ -45,9 +44,9 @@ class DemoArguments:
 
     out: Path = Path("runs/demo")
     """The run folder; the page is its report.html."""
-    steps: int | None = None
+    steps: Positive | None = None
     """Optimizer steps; by default the recipe's."""
-    seed: int = 0
+    seed: NonNegative = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -61,8 +60,6 @@ def run_demo(arguments: DemoArguments) -> int:
     recipe.training.seed = arguments.seed
     recipe.training.device = arguments.device
     if arguments.steps is not None:
-        if arguments.steps < 1:
-            raise UserError(f"--steps {arguments.steps}: must be at least 1")
         recipe.training.steps = arguments.steps
     outcome = train(recipe, console)
     if outcome.interrupted_by is not None:

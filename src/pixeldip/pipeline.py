@@ -367,6 +367,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         null_class = self.model.config.num_classes
         if seeds is not None and generator is not None:
             raise UserError("give seeds or a generator, not both")
+        if min(seeds or [0]) < 0:
+            raise UserError(f"seeds: {min(seeds)} is below 0")
         given = {"seeds": seeds, "generators": generator if isinstance(generator, list) else None}
         counts = {name: len(values) for name, values in given.items() if values is not None}
         if null_class == 0:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -287,15 +288,24 @@ class ImageFolderWriter:
             label = self.images.class_of(i)
             row = {"file_name": name, "seed": int(self.images.seeds[i])}
             row |= {} if label is None else {"label": str(label)}
-            self._metadata.write(json.dumps(row) + "\n")
+            try:
+                self._metadata.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise UserError(f"out {self.out}: cannot be written ({error.strerror or error})") from error
             if i < GRID_LIMIT:
                 self._first.append(picture)
             self._count += 1
 
-    def __exit__(self, *_: object) -> None:
-        self._metadata.close()
-        if not self._first:
-            return
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._metadata.close()
+            if kind is None and self._first:
+                self._summarise()
+        except OSError as cause:
+            if kind is None:  # else what went wrong first is what counts
+                raise UserError(f"out {self.out}: cannot be written ({cause.strerror or cause})") from cause
+
+    def _summarise(self) -> None:
         chosen = self.images.chosen
         in_turn = self.images.order_seed is None and 1 < len(chosen) <= 16
         across = min(len(self._first), len(chosen) if in_turn else 8)

@@ -21,7 +21,7 @@ from PIL import features
 from rich.console import Console
 
 from pixeldip import UserError
-from pixeldip.data import BrokenImage, Source, TrainingImages, decode, open_source
+from pixeldip.data import BrokenImage, Source, TrainingImages, decode, fingerprint, open_source
 from pixeldip.images import NOTE, read_note
 from pixeldip.recipe import DataSection
 
@@ -206,6 +206,7 @@ def test_tables_that_name_files(tmp_path: Path) -> None:
     broken = why_broken(source)
     assert len(broken) == len(rows) - 1 and "more than 1073741824 bytes" in "".join(broken)
     assert source.picture(0)[2] == "esc\\x1b[31m.png"
+    assert fingerprint(source)["images"] == len(rows)
 
 
 def test_rows_whose_class_is_none(tmp_path: Path) -> None:

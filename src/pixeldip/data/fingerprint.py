@@ -23,7 +23,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
     files = np.flatnonzero(sizes < 0)
     with ThreadPoolExecutor() as pool:
         sizes[files] = list(pool.map(_size, [names[i] for i in files]))
-    folder = os.path.commonpath([min(names), max(names)]) if len(files) else ""
+    folder = _common_folder([name for name in names if name]) if len(files) else ""
     labels = source.labels()
     everything = "\0".join(name.removeprefix(folder) for name in (*names, *source.no_files))
     digest = hashlib.sha256(everything.encode(errors="surrogateescape"))
@@ -58,8 +58,15 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return ", ".join(found) or "as many images, but other names, sizes or order"
 
 
+def _common_folder(names: list[str]) -> str:
+    try:
+        return os.path.commonpath([min(names), max(names)])
+    except ValueError:  # none, or some from the root and some not
+        return ""
+
+
 def _size(path: str) -> int:
     try:
         return os.path.getsize(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no name of a file, as strangers' tables may hold
         return -1

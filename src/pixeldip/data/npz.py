@@ -288,10 +288,13 @@ class NpzWriter:
         """Ends the images and writes further arrays; at most once, after the last `add`."""
         if self._written != self.shape[0]:
             raise ValueError(f"{self._written} images were added, expected {self.shape[0]}")
-        self._images.close()
-        for name, array in arrays.items():
-            with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+        try:
+            self._images.close()
+            for name, array in arrays.items():
+                with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:

@@ -50,7 +50,8 @@ class SourceImages:
     Args:
         size: (height, width) to crop and scale every picture to, as in training; None: they must all have one size.
         allow_enlarging: accept pictures smaller than `size`.
-        skip_broken: a picture that cannot be read gives its place to the next one, as in training.
+        skip_broken: a picture that cannot be read gives its place, and its entry in `labels`, to the next one, as in
+            training; known once it was read.
 
     Raises:
         UserError: here if the first picture cannot be read; from `read` naming the picture that cannot be
@@ -67,8 +68,8 @@ class SourceImages:
     ):
         self.source, self.name, self.crops = source, name, size is not None
         self.allow_enlarging, self.skip_broken = allow_enlarging, skip_broken
-        self.height, self.width = size or self._picture(0).shape[:2]
         self.labels = source.labels()
+        self.height, self.width = size or self._picture(0).shape[:2]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,7 +81,9 @@ class SourceImages:
     def _picture(self, index: int) -> np.ndarray:
         for attempt in range(len(self) if self.skip_broken else 1):
             try:
-                picture, _, name = self.source.picture((index + attempt) % len(self))
+                picture, label, name = self.source.picture((index + attempt) % len(self))
+                if attempt and self.labels is not None:
+                    self.labels[index] = label
                 break
             except BrokenImage as error:
                 why = str(error)

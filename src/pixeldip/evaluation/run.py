@@ -72,6 +72,8 @@ class Evaluator:
         self.metrics = _known_metrics(options.metrics)
         self.reference = self._open(options.reference, options.reference_split, "reference")
         self._check_available()
+        if options.patch_size:
+            self._check_borders(options.patch_size)
         self.training = self._open(options.train_images, options.train_split, "training images", "nearest")
         self._check_shape()
         names = dict.fromkeys(METRICS[m].extractor for m in self.metrics if METRICS[m].extractor)
@@ -137,6 +139,11 @@ class Evaluator:
                 raise UserError(f"{message}; it holds {', '.join(NpzFile(reference.name).keys)}")
             self.warnings.append(message)
         self.metrics = [name for name in self.metrics if name not in lacking]
+
+    def _check_borders(self, patch_size: int) -> None:
+        if "boundary" in self.metrics and patch_size >= max(self.height, self.width):
+            size = f"{self.height}x{self.width}"
+            raise UserError(f"boundary: {size} images show no borders of patches of {patch_size}; give --patch-size")
 
     def _check_shape(self) -> None:
         extractors = {METRICS[name].extractor for name in self.metrics} - {None}
@@ -216,9 +223,7 @@ class Evaluator:
         warnings += label_warnings(images, self.metrics, self.options)
         recorded = made_with(images).get("patch_size")
         patch_size = self.options.patch_size or (recorded if isinstance(recorded, int) and recorded > 1 else PATCH_SIZE)
-        if "boundary" in self.metrics and patch_size >= max(self.height, self.width):
-            size = f"{self.height}x{self.width}"
-            raise UserError(f"boundary: {size} images show no borders of patches of {patch_size}; give --patch-size")
+        self._check_borders(patch_size)
         with contextlib.ExitStack() as stack:
             if writer:
                 self.processes.on_main(lambda: bool(stack.enter_context(writer)))
