@@ -107,6 +107,8 @@ def test_another_head_starts_anew(trained: DiPPipeline) -> None:
 
 def test_a_run_goes_on_from_a_model(trained: DiPPipeline, tmp_path: Path, picture_folder: Path, capsys) -> None:
     recipe = recipe_from(tmp_path, picture_folder, data={"resolution": 24})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "start.json").write_text('{"pretrained": "a start that came to nothing"}')
     train(recipe, Console(soft_wrap=True))
     said = capsys.readouterr().out
     assert f"tensors kept from {tmp_path / 'trained'}" in said

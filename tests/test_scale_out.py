@@ -46,8 +46,12 @@ def launch(
     changed = parse_recipe({**values, "out": str(out), "training": {**values["training"], **training}})
     file = out.with_suffix(".yaml")
     save_recipe(changed, file)
-    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m", "pixeldip.cli"]
-    command = ["bash", "-c", f'{before} && exec "$0" "$@"', sys.executable, "-m", *torchrun, "train", str(file)]
+    return torchrun(processes, "train", str(file), before=before)
+
+
+def torchrun(processes: int, *arguments: str, before: str = "true") -> subprocess.CompletedProcess:
+    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m", "pixeldip.cli"]
+    command = ["bash", "-c", f'{before} && exec "$0" "$@"', sys.executable, "-m", *launcher, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True)
 
@@ -119,3 +123,29 @@ def test_adapters_are_not_sharded(tmp_path: Path) -> None:
     recipe.training.shard = True
     with pytest.raises(UserError, match="without sharding"):
         check_recipe(recipe, 1, None)
+
+
+def test_broken_images_are_counted_over_all_processes(tmp_path: Path) -> None:
+    """Two of twelve, one in the share of each."""
+    for i in range(12):
+        path = tmp_path / "pictures" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        make_picture(i).save(path)
+        if i in (3, 8):
+            path.write_bytes(path.read_bytes()[:100])
+    data = {"in_memory": False, "workers": 0, "max_broken": 0.1}
+    recipe = tiny_recipe(tmp_path / "x", tmp_path / "pictures", data=data, training={"steps": STEPS, "log_every": 2})
+    done = launch(recipe, tmp_path / "run", 2)
+    assert done.returncode != 0 and "2 of 12 images cannot be read, more than data.max_broken = 0.1" in done.stderr
+    recipe.data.max_broken = 0.2
+    done = launch(recipe, tmp_path / "other", 2)
+    assert done.returncode == 0, done.stderr
+    assert all(done.stdout.count(f"{i:02}.png") == 1 for i in (3, 8))
+
+
+def test_a_study_on_two_processes(tmp_path: Path) -> None:
+    """Every training and measurement is a group of its own; the folder is the main process's."""
+    flags = ["--resolution", "32", "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "study")]
+    done = torchrun(2, "study", "overfit", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done; open") == 1 and (tmp_path / "study" / "report.html").is_file()

@@ -1,6 +1,7 @@
 """The run: exact resume, many processes, averages, refusals."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -8,18 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from pixeldip import DiPPipeline, UserError
+from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import OBJECTIVES
 from pixeldip.processes import Processes, choose_precision
 from pixeldip.recipe import (
     AlignmentSection,
     FlowSection,
     OptimizerSection,
+    PreviewSection,
     load_recipe,
     parse_recipe,
     recipe_values,
@@ -29,10 +32,10 @@ from pixeldip.run_folder import checkpoints, newest_checkpoint, read_metrics
 from pixeldip.training import train
 from pixeldip.training.ema import EMA
 from pixeldip.training.preparation import build_model, check_recipe
-from pixeldip.training.preview import preview_classes
+from pixeldip.training.preview import preview_classes, read_previews, save_preview
 from pixeldip.training.schedule import draw, learning_rate
 
-from .conftest import saved_state, tiny_recipe
+from .conftest import TINY_MODEL, opened_up, saved_state, tiny_recipe
 
 QUIET = Console(quiet=True)
 TRAIN = [sys.executable, "-m", "pixeldip.cli", "train"]
@@ -108,17 +111,23 @@ def last_step(run: Path) -> int:
     return int(metrics[-1]["step"]) if metrics else 0
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path, picture_folder: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"steps": 3000, "save_every": 3000})
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 1)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: int, workers: int, tmp_path: Path, picture_folder: Path
+) -> None:
+    """Sent to the whole group, as terminals and torchrun do, with processes in it that read images."""
+    data = {"in_memory": not workers, "workers": workers}
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, data=data, training={"steps": 3000, "save_every": 3000})
     save_recipe(recipe, tmp_path / "r.yaml")
-    process = subprocess.Popen([*TRAIN, str(tmp_path / "r.yaml")], stdout=subprocess.PIPE, text=True)
+    command = [*TRAIN, str(tmp_path / "r.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     while last_step(tmp_path / "run") < 5:
         time.sleep(0.01)
     for _ in range(2):  # as torchrun does, which passes on what the terminal has sent already
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     stopped = newest_step(tmp_path / "run")
-    assert process.returncode == 130 and 5 <= stopped < 3000
+    assert process.returncode == 128 + number and 5 <= stopped < 3000
     assert f"stopped after step {stopped}" in output
     recipe.training.steps = stopped + 2
     assert train(recipe, QUIET).step == stopped + 2
@@ -215,6 +224,35 @@ def test_a_preview_has_a_row_per_class(images: int, num_classes: int, columns: i
     assert labels == sorted(labels) and preview_classes(images, 0) == (int(images**0.5), None)
 
 
+@pytest.mark.parametrize("side", [16, 32, 80])  # a screen shows them enlarged by 4, 2 and 1
+def test_previews_are_cut_apart_again(side: int, tmp_path: Path) -> None:
+    model, pipeline = opened_up(DiP(**TINY_MODEL, num_classes=0)), {"height": side, "width": side}
+    preview = PreviewSection(images=4, steps=2)
+    save_preview(tmp_path, 7, model, pipeline, preview)
+    ((step, found),) = read_previews(tmp_path, (side, side), 4).items()
+    images = DiPPipeline(model, **pipeline)(seeds=range(4), **preview.pipeline_arguments()).images
+    assert step == 7 and all(np.array_equal(a, np.asarray(b)) for a, b in zip(found, images, strict=True))
+
+
+def test_the_average_is_sampled_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the kernel that moves it leaves no trace of having done so, as fused ones do."""
+
+    def fused(tensors: list[torch.Tensor], ends: list[torch.Tensor], weight: float) -> None:
+        for tensor, end in zip(tensors, ends):
+            tensor.data.lerp_(end, weight)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", fused)
+    model = opened_up(DiP(**TINY_MODEL))
+    ema, fresh = EMA(model, 0.5), DiP(**TINY_MODEL).eval()
+    x, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
+    with torch.no_grad():
+        before = ema.model(x, t, y)  # from here on the head keeps what it composed
+        ema.update(opened_up(model), 5)
+        fresh.load_state_dict(ema.model.state_dict())
+        assert not torch.allclose(ema.model(x, t, y), before)
+        torch.testing.assert_close(ema.model(x, t, y), fresh(x, t, y))
+
+
 @pytest.mark.parametrize(
     "name", ["my-images", "demo", "demo-gpu", "emoji64", "imagenet256-dip-xl", "imagenet512-dip-xl32"]
 )
@@ -271,6 +309,8 @@ def test_recipes_with_mistakes(values: object, message: str) -> None:
     ("values", "processes", "message"),
     [
         ({"data": {"resolution": 60}, "model": {"patch_size": 8}}, 1, "60x60 pixels .* multiples of 8"),
+        ({"preview": {"guidance_interval": [0.8, 0.2]}}, 1, "preview: "),
+        ({"evaluation": {"guidance_interval": [0.8, 0.2]}}, 1, "evaluation: "),
         ({"training": {"batch_size": 6}}, 4, "batch_size 6 cannot be split over 4 processes"),
         ({"training": {"batch_size": 6, "gradient_accumulation": 4}}, 1, "multiple of 4"),
         ({"model": {"preset": "dip-xxl/16"}}, 1, "no preset"),

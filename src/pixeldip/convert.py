@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import UserError
+from .files import check_writable
 from .model import DiP, check_size
 from .model.heads.pixels import POSITION_FEATURES
 from .pipeline import DiPPipeline
@@ -100,6 +101,17 @@ def load_release(path: str | Path, weights: str = "ema") -> DiP:
     return model.eval()
 
 
+def release_pipeline(model: DiP, resolution: int | None = None) -> DiPPipeline:
+    """A network of the release with the size it was trained at, or another one, and sampled as the release does.
+
+    Raises:
+        UserError: if the resolution is no multiple of the patch size.
+    """
+    side = resolution or RELEASE_GRID * model.config.patch_size
+    check_size(side, side, model.config.patch_size)
+    return DiPPipeline(model, height=side, width=side, sampling=RELEASE_SAMPLING)
+
+
 def convert_checkpoint(path: Path, out: Path, weights: str = "ema", resolution: int | None = None) -> None:
     """Writes the pipeline folder of an authors' checkpoint.
 
@@ -109,10 +121,11 @@ def convert_checkpoint(path: Path, out: Path, weights: str = "ema", resolution: 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: already there and not empty; choose a new folder")
     model = load_release(path, weights)
-    side = resolution or RELEASE_GRID * model.config.patch_size
-    check_size(side, side, model.config.patch_size)
-    DiPPipeline(model, height=side, width=side, sampling=RELEASE_SAMPLING).save_pretrained(out)
-    print(f"{path}: {model.num_parameters():,} parameters ({weights} weights), {side}x{side}, written to {out}")
+    pipeline = release_pipeline(model, resolution)
+    check_writable(out / "model_index.json")
+    pipeline.save_pretrained(out)
+    size = f"{pipeline.config.height}x{pipeline.config.width}"
+    print(f"{path}: {model.num_parameters():,} parameters ({weights} weights), {size}, written to {out}")
 
 
 def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") -> dict[str, int | float | str]:

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import check_writable, write_json
-from .flow import time_grid
+from .flow import VelocityNetwork, time_grid
 from .model import DiP, check_size
 from .pipeline import DiPPipeline
 from .provenance import made_by
@@ -27,8 +27,6 @@ CHECKED_BATCHES = (1, 2, 5)
 TOLERANCE = 1e-3  # of the largest value
 LARGEST_BATCH = 4096
 STEPS = 50
-
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def export_command(arguments: Any) -> None:
@@ -67,7 +65,7 @@ def export_model(
     check_writable(out / RECORD)
     with console.status("tracing"), _quiet():
         program = torch.export.export(model, _inputs(model, height, width, 2), dynamic_shapes=_dynamic_batch())
-    written: dict[str, Velocity] = {}
+    written: dict[str, VelocityNetwork] = {}
     if format == "torch":
         torch.export.save(program, out / PROGRAM)
         written[PROGRAM] = torch.export.load(out / PROGRAM).module()
@@ -104,7 +102,7 @@ def export_model(
 
 
 @torch.no_grad()
-def difference(velocity: Velocity, model: DiP, height: int, width: int) -> float:
+def difference(velocity: VelocityNetwork, model: DiP, height: int, width: int) -> float:
     """The largest difference of a program from the model, over several batch sizes, relative to the largest value."""
     worst = 0.0
     for batch in CHECKED_BATCHES:
@@ -127,7 +125,7 @@ def _dynamic_batch() -> dict[str, Any]:
     return {name: {0: batch} for name in ("x", "t", "y")}
 
 
-def _onnx_velocity(path: Path) -> Velocity:
+def _onnx_velocity(path: Path) -> VelocityNetwork:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

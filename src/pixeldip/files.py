@@ -1,6 +1,7 @@
 """Files that are complete or not there."""
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,9 +1,11 @@
 """Batches of a run: decoded, cropped, in an order that depends on (seed, position) alone."""
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +32,10 @@ class Batch:
     positions: list[int]
     broken: dict[int, str]
     """Rows that could not be read on the way to this batch, and why."""
+
+    def pin_memory(self) -> "Batch":
+        """As `DataLoader` asks for: in memory that a GPU copies from while the CPU goes on."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 class TrainingImages(Dataset):
@@ -134,6 +140,13 @@ def _collate(items: list[tuple[np.ndarray, int, int, dict[int, str]]]) -> Batch:
     )
 
 
+def _stand_apart(worker: int) -> None:
+    """Signals to the run's process group, as terminals and torchrun send them, are for the run to answer, which still
+    needs a batch for its last step."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Batches(Iterator[Batch]):
     """The batches of one process, decoded ahead by worker processes unless they are in memory already."""
 
@@ -147,6 +160,7 @@ class Batches(Iterator[Batch]):
             timeout=images.section.timeout if workers else 0,
             pin_memory=pin_memory,
             multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=_stand_apart,
             # workers draw nothing at random; a generator of its own keeps the loader off the global one
             generator=torch.Generator().manual_seed(0),
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import file_sha256
 from ..processes import Processes, exact_matmuls
 from ..vision_models import load_vision_model
 from . import efficientnet, inception
@@ -95,8 +96,7 @@ def load_together(
     def load() -> Extractor:
         return load_extractor(name, processes.device, inception_weights, dinov2)
 
-    loaded = processes.together(lambda: load() if processes.is_main else None)
-    return processes.together(lambda: loaded or load())
+    return processes.main_first(load)
 
 
 def _load_inception(path: Path | None) -> tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]:
@@ -202,8 +202,3 @@ def _load_strictly(network: nn.Module, state: dict[str, Tensor], path: Path) -> 
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{path}: not the weights of this network: {'; '.join(wrong[:3])}{more}")
     network.load_state_dict(state, strict=False)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,13 +11,14 @@ from rich.console import Console
 
 from ..data import NpzFile, NpzImages, NpzWriter
 from ..errors import UserError
+from ..files import file_sha256
 from ..flow import Stream
 from ..processes import Processes
 from ..provenance import made_by
 from ..recipe import EvaluationOptions
 from ..terminal import Advance
 from .cache import cache_entry, load_entry, save_entry
-from .extractors import Extractor, file_sha256
+from .extractors import Extractor
 from .image_sets import ImageSet, SourceImages, open_images
 from .inception import POOL_DIM, SPATIAL_DIM
 from .stream import Feature, Measured, measure

@@ -36,7 +36,8 @@ def uniform_times(u: Tensor) -> Tensor:
 
 def logit_normal_times(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """sigmoid(N(mean, std)) from u uniform in (0, 1); the release trains with mean 0, std 1."""
-    z = math.sqrt(2.0) * torch.erfinv((2 * u.double() - 1).clamp(-1 + 1e-12, 1 - 1e-12))
+    wide = u if u.device.type == "mps" else u.double()  # Apple's GPUs have no float64
+    z = math.sqrt(2.0) * torch.erfinv((2 * wide - 1).clamp(-1 + 1e-12, 1 - 1e-12))
     return torch.sigmoid(mean + std * z).to(u.dtype)
 
 

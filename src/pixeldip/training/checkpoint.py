@@ -1,5 +1,6 @@
 """Checkpoints that are either complete or not there."""
 
+import contextlib
 import copy
 import errno
 import functools
@@ -34,6 +35,8 @@ from .state import first_failure, read_state, training_state, write_state
 
 _PARTIAL = "partial-"
 _FULL = 2**20  # bytes free on a disk that is as good as full
+_ONE_FILE = "1000TB"  # no averaged model is so large that it would be cut
+_LAST_SECONDS = 60  # for a checkpoint that is being written when the run fails
 
 
 class Checkpoints:
@@ -96,6 +99,12 @@ class Checkpoints:
             self._pending = None
             self.processes.together(pending.result)
 
+    def abandon(self) -> None:
+        """After an error, in this process alone: lets what is being written become complete, if it can."""
+        if self._pending:
+            with contextlib.suppress(Exception):
+                self._pending.result(timeout=_LAST_SECONDS)
+
     def _check_finite(self, step: int) -> None:
         for weights in (self.network, self.ema.model):
             floating = [value for value in weights.state_dict().values() if value.is_floating_point()]
@@ -117,7 +126,8 @@ class Checkpoints:
     def _write_pipeline(self, partial: Path, averaged: DiP) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        DiPPipeline(averaged, **self.pipeline).save_pretrained(partial / PIPELINE, model_card=False)
+        pipeline = DiPPipeline(averaged, **self.pipeline)
+        pipeline.save_pretrained(partial / PIPELINE, model_card=False, max_shard_size=_ONE_FILE)
 
     def _complete_sharded(self, written: Future, partial: Path, folder: Path) -> None:
         def complete() -> None:
@@ -135,14 +145,12 @@ class Checkpoints:
         for path in partial.rglob("*"):
             if path.is_file():
                 _flush(path)
-        if folder.exists():  # the same step again, after a resume with other settings
-            shutil.rmtree(folder)
         os.replace(partial, folder)
         _flush(folder.parent)
         for old in checkpoints(self.run)[: -self.keep]:
             old.rename(old.with_name(f"{_PARTIAL}{old.name}"))  # killed in between, half of it must not look whole
         for leftover in folder.parent.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # what someone still reads is tried again after the next one
 
     def _guarded(self, folder: Path, write: Callable[[], None]) -> None:
         try:

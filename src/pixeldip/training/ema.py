@@ -23,6 +23,8 @@ class EMA:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         average, current = self.model.state_dict(), model.state_dict()
         floating = [name for name, value in average.items() if value.is_floating_point()]
-        torch._foreach_lerp_([average[n] for n in floating], [current[n] for n in floating], weight)
+        moved = [average[name] for name in floating]
+        torch._foreach_lerp_(moved, [current[name] for name in floating], weight)
+        torch.autograd.graph.increment_version(moved)  # which fused kernels leave, and the head's kept kernels go by
         for name in average.keys() - set(floating):
             average[name].copy_(current[name])

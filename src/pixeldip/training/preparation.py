@@ -14,10 +14,10 @@ from rich.console import Console
 from ..data import Source, changes, fingerprint
 from ..errors import UserError
 from ..files import write_json
-from ..flow import Stream, fold_seed
+from ..flow import Stream, check_interval, fold_seed
 from ..model import DiP, check_size
 from ..model.presets import preset_config
-from ..processes import Processes, choose_precision
+from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint
@@ -54,6 +54,11 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
         )
     if recipe.flow.class_dropout == 1:
         raise UserError("flow.class_dropout 1 would drop every label; give a value below 1")
+    for name in ("preview", "evaluation"):
+        try:
+            check_interval(getattr(recipe, name).guidance_interval)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
     for tracker in recipe.logging.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"logging.trackers: {tracker} is not installed; pip install 'pixeldip[{tracker}]'")
@@ -153,11 +158,11 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def prepare_run_folder(
-    run: Path, recipe: Recipe, processes: Processes, start: Start | None, data: dict[str, Any]
+    run: Path, recipe: Recipe, processes: Processes, first_step: int, start: Start | None, data: dict[str, Any]
 ) -> None:
     save_recipe(recipe, run / RECIPE)
     write_json(run / DATA, data)
-    if start and not (run / START).exists():
+    if start and not first_step:  # one that was left by a start that came to nothing is of other weights, perhaps
         write_json(run / START, start.record())
     if not (run / ENVIRONMENT).exists():
         write_json(run / ENVIRONMENT, environment(processes))
@@ -177,7 +182,7 @@ def introduce(
     classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
     console.print(
         f"{len(source)} images, {classes}, at {height}x{width}; {model.num_parameters() / 1e6:.1f} M parameters; "
-        f"{processes.world_size} x {processes.device.type}, {str(precision).removeprefix('torch.')}; "
+        f"{processes.world_size} x {processes.device.type}, {precision_name(precision)}; "
         + (f"resumed in {recipe.out} after step {first_step}" if first_step else f"run folder {recipe.out}"),
         highlight=False,
         soft_wrap=True,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.utils import is_peft_available
 from torch import Tensor
 
-from ..convert import load_release
+from ..convert import load_release, release_pipeline
 from ..errors import UserError
 from ..model import DiP
 from ..pipeline import DiPPipeline
@@ -35,7 +35,7 @@ PATCH_AXES = {
 HEAD_PARTS = ("detailer.", "injection.", "context.")
 SIZES = ("hidden_size", "num_heads", "mlp_ratio")
 ADAPTED_LAYERS = r"backbone\.blocks\.\d+\.(attention\.(qkv|out)|mlp\.(gate|up|down)|modulation)"
-CHECKPOINTS = (".ckpt", ".safetensors")
+RELEASE_FILES = (".ckpt", ".safetensors")
 
 
 @dataclass
@@ -77,8 +77,8 @@ def load_pretrained(name: str, processes: Processes) -> DiPPipeline:
 
     def load() -> DiPPipeline:
         try:
-            if Path(name).suffix in CHECKPOINTS:
-                return DiPPipeline(load_release(name))
+            if Path(name).suffix in RELEASE_FILES:
+                return release_pipeline(load_release(name))
             return DiPPipeline.from_pretrained(name)
         except UserError as error:
             raise UserError(f"model.pretrained: {error}") from error

@@ -1,6 +1,7 @@
 """What a run says while it goes on: the terminal, metrics.jsonl, and trackers where installed."""
 
 import contextlib
+import copy
 import importlib
 import json
 import math
@@ -27,16 +28,17 @@ SLOW_IMAGES = 0.1  # of the time, waited for images, from which on the log says 
 def training_flops(model: nn.Module, height: int, width: int) -> int:
     """FLOPs of one image's forward and backward pass (three forward passes), as torch counts them.
 
-    It is what an image more in a batch takes: kernels that are composed once for a batch do not count.
+    It is what an image more in a batch takes: kernels that are composed once for a batch do not count. The shapes are
+    enough; nothing is computed.
     """
+    model = copy.deepcopy(model).to("meta")
     one, two = (_forward_flops(model, images, height, width) for images in (1, 2))
     return 3 * (two - one)
 
 
 def _forward_flops(model: nn.Module, images: int, height: int, width: int) -> int:
-    device = next(model.parameters()).device
-    x = torch.zeros(images, model.config.in_channels, height, width, device=device)
-    t, y = torch.zeros(images, device=device), torch.zeros(images, dtype=torch.long, device=device)
+    x = torch.zeros(images, model.config.in_channels, height, width, device="meta")
+    t, y = torch.zeros(images, device="meta"), torch.zeros(images, dtype=torch.long, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, t, y)
     return counter.get_total_flops()

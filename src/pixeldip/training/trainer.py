@@ -28,7 +28,7 @@ from ..images import from_uint8
 from ..model import DiP
 from ..processes import Processes, autocast, choose_precision, start_processes, stop_processes
 from ..provenance import restart
-from ..recipe import Recipe
+from ..recipe import Recipe, image_size
 from ..run_folder import NETWORK, PIPELINE
 from ..saved_model import check_saved_model
 from ..terminal import PlainConsole, warn
@@ -118,6 +118,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         with seeded_initialisation(training.seed, 1):
             network = AlignedDiP(model, recipe.alignment, alignment.width)
     ema = EMA(model, training.ema_decay)
+    flops = training_flops(model, *image_size(recipe.data)) if peak_flops(processes.device) else None
     for part in (network, ema.model):
         if training.shard and processes.world_size > 1:
             shard(part, processes, choose_precision(training.precision, processes.device))
@@ -138,7 +139,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     if images.fits_in_memory():
         images.load_into_memory(console)
     if processes.is_main:
-        prepare_run_folder(run, recipe, processes, start, data)
+        prepare_run_folder(run, recipe, processes, first_step, start, data)
     for warning in [*damaged, *([f"data.source changed: {changed}"] if changed else [])]:
         warn(console, warning)
     introduce(console, recipe, model, source, processes, first_step, start)
@@ -152,7 +153,9 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         "data": data["sha256"],
         "data_changed": changed,
     }
-    return _loop(recipe, run, model, network, alignment, ema, optimizer, images, metrics, processes, started, console)
+    return _loop(
+        recipe, run, model, network, alignment, ema, optimizer, images, metrics, processes, started, flops, console
+    )
 
 
 def _loop(
@@ -167,6 +170,7 @@ def _loop(
     metrics: TrainingMetrics | None,
     processes: Processes,
     started: dict[str, Any],
+    flops: int | None,
     console: Console,
 ) -> Outcome:
     first_step = started["step"]
@@ -177,7 +181,6 @@ def _loop(
     if processes.world_size > 1 and not sharded:
         parallel = DistributedDataParallel(parallel)
     height, width = images.size
-    flops = training_flops(model, height, width) if peak_flops(device) else None
     sampling = recipe.preview.pipeline_arguments()
     pipeline = {"height": height, "width": width, "class_names": list(source.class_names), "sampling": sampling}
     saved = Checkpoints(run, network, ema, optimizer, pipeline, training.keep_last, processes)
@@ -190,10 +193,11 @@ def _loop(
         processes.world_size,
     )
     stream = Batches(images, sampler, pin_memory=device.type == "cuda")
-    broken = dict(images.broken)
+    broken, newly_broken = dict(images.broken), {}
     watch = Watch(training, EpochOrder(len(source), training.seed), processes)
     network.train()
     with _signals() as caught, contextlib.ExitStack() as stack:
+        stack.callback(saved.abandon)
         progress = (
             stack.enter_context(Progress(run, recipe, console, first_step, processes)) if processes.is_main else None
         )
@@ -204,9 +208,7 @@ def _loop(
                 group["lr"] = learning_rate(recipe.optimizer, step, training.steps)
             for part in range(training.gradient_accumulation):
                 batch = next(stream)
-                report_broken({i: why for i, why in batch.broken.items() if i not in broken}, console)
-                broken |= batch.broken
-                check_broken(broken, source, recipe.data)
+                newly_broken |= batch.broken
                 last = part == training.gradient_accumulation - 1
                 if sharded:
                     network.set_requires_gradient_sync(last)
@@ -231,6 +233,10 @@ def _loop(
                 if progress:
                     progress.divergence(diverged)
                 check_divergence(training, diverged)
+                everyones = {row: why for found in processes.everyones(newly_broken) for row, why in found.items()}
+                report_broken({row: why for row, why in everyones.items() if row not in broken}, console)
+                broken, newly_broken = broken | everyones, {}
+                check_broken(broken, source, recipe.data)
             if logs and (means := watch.means()) and progress:
                 progress.step(done, flops, stream.waited, **means, lr=optimizer.param_groups[0]["lr"])
             previews = recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps)
