@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip.bench.timing import count_flops
 from pixeldip.flow import OBJECTIVES
 from pixeldip.processes import Processes, choose_precision
 from pixeldip.recipe import (
@@ -33,6 +34,7 @@ from pixeldip.training import train
 from pixeldip.training.ema import EMA
 from pixeldip.training.preparation import build_model, check_recipe
 from pixeldip.training.preview import preview_classes, read_previews, save_preview
+from pixeldip.training.progress import training_flops
 from pixeldip.training.schedule import draw, learning_rate
 
 from .conftest import TINY_MODEL, opened_up, saved_state, tiny_recipe
@@ -382,3 +384,16 @@ def test_metrics_that_cannot_be_had_stop_the_run_before_it_starts(tmp_path: Path
     with pytest.raises(UserError, match="no metric 'fidd'"):
         train(recipe, QUIET)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("head", ["unet", "coordinate_mlp", "attention"])
+def test_flops_need_no_computing(head: str) -> None:
+    """What MFU goes by is counted on shapes alone, whatever the model's device, and is what a real pass takes."""
+    model = DiP(patch_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=3, head=head)
+
+    def counted(images: int) -> int:
+        x, t, y = torch.randn(images, 3, 32, 32), torch.rand(images), torch.zeros(images, dtype=torch.long)
+        with torch.no_grad():
+            return count_flops(lambda: model(x, t, y))
+
+    assert training_flops(model, 32, 32) == 3 * (counted(2) - counted(1))

@@ -15,6 +15,7 @@ previews/step-….png       sample grids of fixed seeds
 import json
 import os
 import re
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,12 @@ def newest_checkpoint(run: Path) -> Path | None:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run in order; steps that a resume went back behind count as it ran them again."""
     return _by_step(run, lambda entry: _are_numbers(entry.get("loss"), entry.get("images_per_second")))
+
+
+def training_rate(run: Path) -> float:
+    """Images per second: the median over the logged steps, so that a busy minute does not count; 0 before the first."""
+    rates = [entry["images_per_second"] for entry in read_metrics(run)]
+    return statistics.median(rates) if rates else 0.0
 
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:

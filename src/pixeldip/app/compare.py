@@ -12,9 +12,10 @@ import numpy as np
 from ..images import psnr
 from .engine import watch
 from .gallery import Gallery
-from .generate import PLAIN, SAMPLING, TELLING, requested
+from .generate import requested
 from .messages import told_in_page
 from .models import Models
+from .parts import PLAIN, SAMPLING, TELLING, offered, pixel_image
 from .settings import ImageSettings, Limits, SolutionControls, SubjectControls, solution_controls, subject_controls
 
 
@@ -45,12 +46,8 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
     with gr.Row():
         for name in "AB":
             pictures.append(
-                gr.Image(
+                pixel_image(
                     label=name,
-                    interactive=False,
-                    format="png",
-                    buttons=["fullscreen"],
-                    elem_classes="pixels",
                     alt_text=f"The images of setting {name}",
                     elem_id=f"compared-{name}",
                     min_width=280,
@@ -59,8 +56,7 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
     a, b = sides
 
     def open_page() -> list[Any]:
-        names = models.names()
-        return [gr.update(choices=names, value=names[0] if names else None) for _ in sides]
+        return [offered(models) for _ in sides]
 
     def subject_of(name: str | None) -> list[Any]:
         return SubjectControls.updates(models.load(name), limits) if name else [gr.skip()] * len(subject.inputs)

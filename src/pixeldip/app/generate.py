@@ -13,6 +13,7 @@ from .engine import Moment, watch
 from .gallery import Gallery
 from .messages import told_in_page, warn_in_page
 from .models import Models
+from .parts import PLAIN, SAMPLING, TELLING, offered, pixel_image
 from .settings import (
     ImageSettings,
     Limits,
@@ -25,9 +26,6 @@ from .settings import (
 )
 
 NOISY, HEADING = "noisy image x_t", "predicted image"
-SAMPLING = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
-TELLING = {"api_visibility": "private", "show_progress": "hidden"}  # Gradio shows messages of queued events only
-PLAIN = {"queue": False, **TELLING}
 
 
 def requested(models: Models, limits: Limits, settings: ImageSettings) -> SampledImages:
@@ -62,15 +60,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
                 start = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
                 stop = gr.Button("Stop", min_width=80)
         with gr.Column(scale=3, min_width=300):
-            picture = gr.Image(
-                show_label=False,
-                interactive=False,
-                format="png",
-                buttons=["fullscreen"],
-                elem_id="picture",
-                elem_classes="pixels",
-                alt_text="The images of this request",
-            )
+            picture = pixel_image(show_label=False, elem_id="picture", alt_text="The images of this request")
             line = gr.Markdown("", elem_id="progress")
             with gr.Row():
                 moment = gr.Slider(0, 1, 1, step=1, label="Path, noise to image", interactive=False)
@@ -101,8 +91,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         return [*subject, *SolutionControls.values(models.load(name).default_settings, limits)]
 
     def open_page() -> list[Any]:
-        names = models.names()
-        return [gr.update(choices=names, value=names[0] if names else None), *show_gallery()]
+        return [offered(models), *show_gallery()]
 
     def show_gallery() -> tuple[list[str], list[str]]:
         files = [str(file) for file in gallery.newest()]

@@ -18,9 +18,9 @@ from ..flow import SOLVERS, clean_image, guided_velocity, seeded_normal, start_s
 from ..model import DiP
 from ..pipeline import DiPPipeline
 from .engine import Pace, sheet, watched
-from .generate import PLAIN, SAMPLING, TELLING
 from .messages import told_in_page
 from .models import Models
+from .parts import PLAIN, SAMPLING, TELLING, offered, pixel_image
 from .settings import ImageSettings, Limits, class_names
 
 STEPS = 24
@@ -160,20 +160,7 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         for caption in PICTURES:
             with gr.Column(min_width=150):
                 gr.Markdown(caption)
-                pictures.append(
-                    gr.Image(
-                        show_label=False,
-                        interactive=False,
-                        format="png",
-                        buttons=["fullscreen"],
-                        elem_classes="pixels",
-                        alt_text=caption,
-                    )
-                )
-
-    def open_page() -> Any:
-        names = models.names()
-        return gr.update(choices=names, value=names[0] if names else None)
+                pictures.append(pixel_image(show_label=False, alt_text=caption))
 
     def classes_of(name: str | None) -> Any:
         names = class_names(models.load(name)) if name else []
@@ -207,7 +194,7 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         step = seen[min(int(index), len(seen) - 1)]
         return [f"t = {step.t:.3f}", *step.pictures]
 
-    page.load(open_page, None, model, **PLAIN).then(told_in_page(classes_of), model, label, **PLAIN)
+    page.load(lambda: offered(models), None, model, **PLAIN).then(told_in_page(classes_of), model, label, **PLAIN)
     model.input(told_in_page(classes_of), model, label, **TELLING)
     start.click(
         told_in_page(measure),

@@ -13,8 +13,8 @@ from ..errors import UserError
 from ..recipe import Recipe, load_recipe
 from ..run_folder import METRICS, RECIPE, checkpoints, preview_files, read_evaluations, read_metrics, step_of
 from ..terminal import clock
-from .generate import PLAIN
 from .models import Models
+from .parts import PLAIN, pixel_image
 
 SECONDS_BETWEEN_LOOKS = 3
 QUIET_SECONDS = 60  # after which a run that has not ended counts as standing still
@@ -105,12 +105,8 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         )
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
-            preview = gr.Image(
+            preview = pixel_image(
                 label="Preview",
-                interactive=False,
-                format="png",
-                buttons=["fullscreen"],
-                elem_classes="pixels",
                 height=480,
                 alt_text="Samples of the averaged weights, always of the same seeds",
             )

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..vision_models import IMAGENET_MEAN, IMAGENET_STD
+
 SIZE = 128
 POOL_DIM = 1280
 MID_DIM = 224
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # repeats, kernel, stride of the first, expansion, output channels
 _STAGES = [
     (1, 3, 1, 1, 16),
@@ -102,6 +103,6 @@ def normalised(images: Tensor, size: int, interpolation: str) -> Tensor:
     x = images.float()
     if x.shape[-2:] != (size, size):
         x = F.interpolate(x, (size, size), mode=interpolation, antialias=True, align_corners=False).clamp(0, 255)
-    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+    mean, std = (x.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     x = (x / 255 - mean) / std
     return x.contiguous(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ from ..files import write_text
 from ..images import display_scale, grid
 from ..model import DiP
 from ..recipe import Recipe, image_size
-from ..run_folder import ENVIRONMENT, read_metrics
+from ..run_folder import ENVIRONMENT, read_metrics, training_rate
 from ..terminal import clock
 
 ACCENT = "#2456d6"
@@ -59,7 +59,7 @@ def demo_page(
         f"predicts the {config.prediction}",
         "Training": f"{recipe.training.steps} steps of {recipe.training.batch_size} images "
         f"({recipe.training.steps * recipe.training.batch_size:,} images seen), seed {recipe.training.seed}",
-        "Time": f"{clock(seconds)} in this start; {_median_rate(metrics):.0f} images/s while training (median)",
+        "Time": f"{clock(seconds)} in this start; {training_rate(run):.0f} images/s while training (median)",
         "Sampling": f"{count} images in {sampling_seconds:.1f} s: {settings['solver']}, "
         f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}, EMA weights",
         "Made by": f"{environment['command']} · pixeldip {__version__}, torch {environment['torch']}, "
@@ -146,11 +146,6 @@ def _seams(distances: Mapping[str, Any]) -> str:
         f"Seams: samples change {ratio['samples']:.2f} times as much across patch borders as inside patches, "
         f"training drawings {ratio['train']:.2f} times, held-out ones {ratio['held_out']:.2f} times."
     )
-
-
-def _median_rate(metrics: Sequence[Mapping[str, float]]) -> float:
-    rates = sorted(entry["images_per_second"] for entry in metrics)
-    return rates[len(rates) // 2] if rates else 0.0
 
 
 def light_frame(axes: Axes, **grid: Any) -> None:

@@ -16,16 +16,14 @@ from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, load_recipe, recipe_values
+from ..run_folder import training_rate
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import clock, some
 from ..training import train
-from .folder import alone_in, claim, read_json, write_result
-from .measures import measure_costs, measure_quality, training_rate
+from .folder import COSTS, RESULT, SAMPLES, alone_in, claim, read_json, write_result
+from .measures import measure_costs, measure_quality
 from .study import Contender, Study, changed, contender_recipe
 
-RESULT = "result.json"
-COSTS = "costs.json"
-SAMPLES = "samples.png"
 GRID_IMAGES = 18
 
 

@@ -10,10 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..evaluation.registry import METRICS
 from ..images import display_scale, enlarged
 from ..report import ACCENT, data_uri, light_frame, machine, to_svg, write_pages
 from ..terminal import clock
-from .folder import SETTINGS, read_json
+from .folder import COSTS, RESULT, SAMPLES, SETTINGS, read_json
 from .study import Contender, Study
 
 LOSS = "validation_loss"
@@ -58,12 +59,12 @@ def mean_and_spread(values: Sequence[float], digits: int) -> str:
 
 def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds: int) -> Path:
     """Writes report.html, report.md and its figures into the study's folder; returns the HTML page."""
-    costs, settings = read_json(out / "costs.json"), read_json(out / SETTINGS)
+    costs, settings = read_json(out / COSTS), read_json(out / SETTINGS)
     rows = []
     for contender in contenders:
         folders = [out / "runs" / f"{contender.name}-seed{seed}" for seed in range(seeds)]
-        results = [read_json(folder / "result.json") for folder in folders]
-        rows.append(Row(contender, results, costs["costs"][contender.name], folders[0] / "samples.png"))
+        results = [read_json(folder / RESULT) for folder in folders]
+        rows.append(Row(contender, results, costs["costs"][contender.name], folders[0] / SAMPLES))
     measures = _measures(rows)
     figures = {"measures.svg": to_svg(_dots(rows, measures)), "loss-by-time.svg": to_svg(_loss_by_time(rows))}
     folder = out / "figures"
@@ -100,10 +101,9 @@ def _measures(rows: Sequence[Row]) -> list[Measure]:
     measures = [Measure(LOSS, "validation loss", 1, 4, True, None)]
     for name in first["metrics"]:
         floor = first["floors"].get(name, {}).get("real")
-        kernel = name.startswith("kid")
-        label = first["labels"][name]
-        lower = name not in ("is", "precision", "recall", "boundary", "nearest")
-        measures.append(Measure(name, label, 1000 if kernel else 1, 1 if lower else 3, lower, floor))
+        metric, label = METRICS[name], first["labels"][name]
+        lower = metric.better == "lower"
+        measures.append(Measure(name, label, metric.scale, 1 if lower else 3, lower, floor))
     return measures
 
 

@@ -24,7 +24,7 @@ from ..recipe import Recipe, image_size
 from ..report import to_svg, write_pages
 from .comparison_report import facts, mean_and_spread
 from .comparisons import placement
-from .folder import SETTINGS, read_json
+from .folder import RESULT, SETTINGS, read_json
 from .study import Contender, Study
 
 FEATURES = Study(
@@ -154,7 +154,7 @@ def write_features_report(study: Study, out: Path, contenders: Sequence[Contende
     """Writes report.html, report.md and figures; returns the HTML page."""
     settings = read_json(out / SETTINGS)
     folders = {c.label: [out / "runs" / f"{c.name}-seed{seed}" for seed in range(seeds)] for c in contenders}
-    results = {label: [read_json(folder / "result.json") for folder in runs] for label, runs in folders.items()}
+    results = {label: [read_json(folder / RESULT) for folder in runs] for label, runs in folders.items()}
     columns = {
         "probe_middle": "probe, middle block",
         "probe_last": "probe, last block",

@@ -13,6 +13,9 @@ from ..processes import Processes, start_processes, stop_processes
 from ..provenance import made_by
 
 SETTINGS = "study.json"
+RESULT = "result.json"  # of each run
+COSTS = "costs.json"
+SAMPLES = "samples.png"  # of each run
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from ..model import DiP
 from ..pipeline import DiPPipeline
 from ..processes import Processes, autocast, choose_precision
 from ..recipe import Recipe, image_size
-from ..run_folder import read_metrics
 from ..sampling import SampledImages
 from ..training.preparation import model_config
 
@@ -80,11 +78,6 @@ def measure_quality(
         "labels": evaluation.record["labels"],
         "warnings": evaluation.warnings,
     }
-
-
-def training_rate(run: Path) -> float:
-    """Images per second of a run: the median over its logged steps, so that a busy minute does not count."""
-    return statistics.median(entry["images_per_second"] for entry in read_metrics(run))
 
 
 def measure_costs(recipes: Mapping[str, Recipe], num_classes: int, device: torch.device) -> dict[str, dict[str, float]]:

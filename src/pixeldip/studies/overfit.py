@@ -20,17 +20,16 @@ from ..processes import Processes, start_processes, stop_processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
 from ..report import data_uri, light_frame, machine, to_svg, write_pages
-from ..run_folder import read_metrics
+from ..run_folder import read_metrics, training_rate
 from ..terminal import clock
 from ..training import train
 from ..training.preparation import check_recipe
 from ..training.preview import read_previews
 from .comparisons import dit, unet
-from .folder import alone_in, claim, read_json, write_result
+from .folder import RESULT, alone_in, claim, read_json, write_result
 from .study import Contender, Scale, Study, changed, contender_recipe
 
 PHOTO = "red-panda.jpg"
-RESULT = "result.json"
 LARGEST_PSNR = 100.0
 """In dB; what an equal image counts as, since JSON has no infinity."""
 ZOOM = 4
@@ -114,14 +113,13 @@ def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender) ->
             curve = {step: _mean_psnr(taken, target) for step, taken in images.items()}
             Image.fromarray(images[max(images)][0]).save(folder / "reconstruction.png")
             entries = read_metrics(folder)
-            rate = float(np.median([entry["images_per_second"] for entry in entries]))
             write_result(
                 folder / RESULT,
                 {
                     "contender": contender.name,
                     "psnr": curve,
                     "loss": {entry["step"]: entry["loss"] for entry in entries},
-                    "images_per_second": rate,
+                    "images_per_second": training_rate(folder),
                     "recipe": recipe_values(recipe),
                     "environment": environment(processes),
                 },
