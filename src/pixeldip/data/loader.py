@@ -143,7 +143,8 @@ def _collate(items: list[tuple[np.ndarray, int, int, dict[int, str]]]) -> Batch:
 def _stand_apart(worker: int) -> None:
     """Signals to the run's process group, as terminals and torchrun send them, are for the run to answer, which still
     needs a batch for its last step."""
-    os.setsid()
+    if hasattr(os, "setsid"):  # Windows has no such groups
+        os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
