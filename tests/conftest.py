@@ -1,6 +1,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face import: no test may reach for the network
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # servers of tests are here
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; OpenMP's threads would wait for each other, spinning
     os.environ["OMP_NUM_THREADS"] = "1"
 

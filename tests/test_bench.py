@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pixeldip.bench import timing
 from pixeldip.bench.release import ReleaseDiP, release_step
 from pixeldip.bench.timing import Times, count_flops, ratio, take_turns
 from pixeldip.cli import main
@@ -15,6 +16,12 @@ from pixeldip.model import DiP
 from .conftest import TINY_MODEL, opened_up, saved_model
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix product and a copy that take no time: no test looks at what they reach."""
+    monkeypatch.setitem(timing.CEILING_SIZES, "cpu", (128, 2**16))
 
 
 @torch.no_grad()
@@ -64,7 +71,10 @@ def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ours = ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16"]
     assert list(steps) == [*ours, "head coordinate_mlp", "head attention", "head mlp", "DiT-only"]
     assert record["errors"]["ours, fp32"] < 1e-4 and record["errors"]["ours, bf16"] < 0.1
-    assert record["images"]["ours, bf16"]["steps"] == 100
+    whole = record["images"]["ours, bf16"]
+    assert whole["steps"] == 100 and whole["seconds"] == pytest.approx(steps["ours, bf16"]["milliseconds"] / 10)
+    for row in steps.values():
+        assert row["share_of_limit"] == pytest.approx(row["floor_milliseconds"] / row["milliseconds"])
     # both branches and both halves of every convolution are cheaper than the release's
     assert steps["ours, fp32"]["gflops"] < steps["release, fp32"]["gflops"]
     assert steps["DiT-only"]["gflops"] < steps["ours, bf16"]["gflops"]

@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from pixeldip import DiP
+from pixeldip.bench import timing
 from pixeldip.cli import COMMANDS, main
 from pixeldip.model import HEADS, PLACEMENTS
 from pixeldip.recipe import parse_recipe
@@ -37,7 +38,7 @@ SMALLER = {
     "range(2000)": "range(8)",
 }
 MAKES = {
-    "pixeldip convert": "models",
+    "pixeldip convert": "models/dip-xl-16",
     "pixeldip demo": "runs/demo",
     "pixeldip train --data.source my-photos/\n": "runs/my-images",
 }
@@ -54,8 +55,11 @@ def small_flags(arguments: list[str], inception: Path) -> list[str]:
     if command == "train":
         pretrained = "--model.pretrained" in flags
         return [*TINY_RUN.split(), *([] if pretrained else TINY_NETWORK.split())]
+    if flags[:1] == ["overfit"]:
+        return ["--resolution", "64", "--steps", "2"]
     if command == "study":
-        more = ["--contenders", "unet", "dit"] if flags[0] == "heads" else []
+        two = [contender.name for contender in STUDIES[flags[0]].contenders("laptop")][:2]
+        more = ["--contenders", *two] if len(two) == 2 else []
         more += ["--held-out-split", "train"] if "--held-out" in flags else []
         return ["--steps", "2", "--seeds", "1", "--images", "4", *more]
     if command == "evaluate":
@@ -123,6 +127,9 @@ def test_a_page_from_top_to_bottom(
         if command in text:
             shutil.rmtree(folder / made)
     monkeypatch.chdir(folder)
+    # what takes the time of a page, and is tested elsewhere: ceilings, and distances of two thousand dimensions
+    monkeypatch.setitem(timing.CEILING_SIZES, "cpu", (128, 2**16))
+    monkeypatch.setattr("pixeldip.evaluation.registry.frechet_distance", lambda *_: 1.0)
     names: dict = {}
     for language, text in parts(page):
         for large, small in SMALLER.items():

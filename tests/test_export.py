@@ -55,6 +55,14 @@ def test_a_program_of_another_model_is_told_apart() -> None:
     assert difference(a, b, 16, 16) > 0.1
 
 
+def test_a_program_that_differs_is_not_to_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("pixeldip.export.TOLERANCE", 0.0)  # which rounding alone is above
+    with pytest.raises(UserError, match="do not use it"):
+        export_model(pipeline_of(), tmp_path / "out", "onnx", 16, 16, QUIET)
+    assert not (tmp_path / "out" / "export.json").exists()
+
+
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="multiples of 8"):
         export_model(pipeline_of(), tmp_path, "onnx", 12, 16, QUIET)

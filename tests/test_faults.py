@@ -31,7 +31,7 @@ from pixeldip.training.preparation import build_model
 from pixeldip.training.run_lock import only_run
 
 from .conftest import make_picture, saved_state, tiny_recipe
-from .test_training import assert_same_state
+from .test_training import PATIENCE, assert_same_state
 
 QUIET = Console(quiet=True)
 CPU = Processes(0, 1, torch.device("cpu"))
@@ -316,9 +316,10 @@ def test_a_killed_process_ends_the_others_and_a_restart_carries_on(tmp_path: Pat
     )
     while not checkpoints(tmp_path / "two") and process.poll() is None:
         time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[0]
     ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     starts = read_events(tmp_path / "two", "start")
     assert len(starts) == 2 and starts[1]["resumed_from"] and starts[1]["processes"] == 2

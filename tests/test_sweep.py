@@ -9,6 +9,7 @@ import pytest
 from pixeldip import DiP, DiPPipeline
 from pixeldip.cli import SweepArguments, main
 from pixeldip.studies.sweep import FirstImages, classes_like, reference_images
+from pixeldip.studies.sweep_report import Row, verdict
 from pixeldip.studies.sweep_settings import Setting, combinations
 
 from .conftest import TINY_MODEL, make_picture, opened_up
@@ -90,6 +91,20 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     assert text.count("data:image/png;base64,") == 3 and text.count("<svg") == 1
     assert sweep(model, "--reference", real, "--images", 11, "--out", out) == 2
     assert "holds a study with another sweep" in capsys.readouterr().err
+
+
+def test_the_verdict_names_the_best_and_the_fastest_as_good() -> None:
+    def row(evaluations: int, distance: float, seconds: float) -> Row:
+        known = {"samples": distance, "samples_deviation": 0.01, "real": 0.1, "real_deviation": 0.01}
+        result = {"metrics": {}, "floors": {"kid_efficientnet": known}, "seconds_per_image": seconds, "count": 9}
+        return Row(Setting("ab2", evaluations, 2.0, (0.1, 1.0), 1.0), result, Path("x.png"))
+
+    slow, good, fast, worse = row(100, 0.200, 1.0), row(20, 0.222, 0.2), row(10, 0.240, 0.1), row(50, 0.3, 0.5)
+    said = verdict([worse, fast, good, slow], "kid_efficientnet")
+    best, fastest = said.split(" The fastest ")
+    assert "ab2, 100 evaluations" in best and "200.0 ± 10.0" in best
+    assert "ab2, 20 evaluations" in fastest and "1/5.0 of the time" in fastest  # 10 are four deviations away
+    assert verdict([slow, worse], "kid_efficientnet") == best
 
 
 def test_only_the_first_samples_are_kept() -> None:

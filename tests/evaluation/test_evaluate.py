@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,13 @@ from PIL import Image
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
 from pixeldip.data import NpzFile, NpzWriter
-from pixeldip.evaluation import METRICS, extractors
+from pixeldip.evaluation import METRICS, ArrayImages, extractors
+from pixeldip.evaluation.cache import cache_entry
+from pixeldip.evaluation.extractors import load_extractor
 from pixeldip.evaluation.inception import POOL_DIM, SPATIAL_DIM, Inception
+from pixeldip.evaluation.metrics import kernel_distance, precision_recall
+from pixeldip.evaluation.stream import measure
+from pixeldip.processes import Processes
 
 from ..conftest import opened_up, saved_model
 from .conftest import smooth_images
@@ -79,7 +85,10 @@ def test_adm_metrics_against_definitions(
     expected["is"] = np.mean([np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in splits])
     for name, value in expected.items():
         assert record["metrics"][name] == pytest.approx(value, rel=1e-5), name
-    assert 0 <= record["metrics"]["recall"] <= 1 and 0 <= record["metrics"]["precision"] <= 1
+    precision, recall = precision_recall(ours[0], theirs[0])
+    assert precision != recall
+    assert (record["metrics"]["precision"], record["metrics"]["recall"]) == (precision, recall)
+    assert record["metrics"]["kid"] == pytest.approx(kernel_distance(ours[0], theirs[0]), rel=1e-4)
     assert record["labels"]["fid"] == "FID-13" and record["labels"]["sfid"] == "sFID-13"
     warnings = " | ".join(record["warnings"])
     for text in (
@@ -156,6 +165,29 @@ def test_the_reference_is_cached_by_content_and_weights(
     Image.fromarray(smooth_images(1, 9)[0]).save(folder / "0003.png")  # one picture changed
     changed = run(tmp_path, *arguments)
     assert not changed["reference"]["features_from_cache"] and changed["metrics"] != first["metrics"]
+
+
+def test_cache_entries_differ_by_all_that_changes_them() -> None:
+    def entry(sha256="a", height=32, width=32, kept=10, name="e", version=1, weights="w") -> Path:
+        images = types.SimpleNamespace(height=height, width=width)
+        return cache_entry(
+            sha256, images, types.SimpleNamespace(name=name, version=version, weights={"sha256": weights}), kept
+        )
+
+    changes = ({"sha256": "b"}, {"height": 64}, {"width": 64}, {"kept": 9}, {"name": "f"}, {"version": 2})
+    entries = {entry(), entry(), *(entry(**change) for change in changes), entry(weights="v")}
+    assert len(entries) == 8
+
+
+def test_chosen_images_are_kept_and_all_are_summed_up() -> None:
+    images, alone = ArrayImages(smooth_images(12, 1)), Processes(0, 1, torch.device("cpu"))
+    extractors = [load_extractor("efficientnet", alone.device)]
+    whole, part = (measure(images, extractors, alone, 5, chosen=rows) for rows in (None, np.array([1, 4, 7])))
+    for feature, rows in whole.kept.items():
+        torch.testing.assert_close(part.kept[feature], rows[[1, 4, 7]])
+    for feature, moments in whole.moments.items():
+        for ours, theirs in zip(part.moments[feature], moments, strict=True):
+            assert np.array_equal(ours, theirs)
 
 
 def test_no_download_metrics_order_what_is_worse(tmp_path: Path) -> None:

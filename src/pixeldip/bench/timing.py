@@ -65,6 +65,10 @@ def count_flops(step: Step) -> int:
     return counter.get_total_flops()
 
 
+CEILING_SIZES = {"cuda": (8192, 2**28), "cpu": (3072, 2**26)}
+"""Side of the matrices, and bytes of the copy."""
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What this device reaches: FLOP/s of a large matrix product, bytes/s read and written by a large copy."""
@@ -74,8 +78,7 @@ class Ceilings:
 
     @classmethod
     def measure(cls, device: torch.device, precision: torch.dtype) -> "Ceilings":
-        large = device.type == "cuda"
-        n, length = (8192, 2**28) if large else (3072, 2**26)
+        n, length = CEILING_SIZES["cuda" if device.type == "cuda" else "cpu"]
         a, b = (torch.randn(n, n, device=device, dtype=precision) for _ in range(2))
         source = torch.zeros(length, device=device, dtype=torch.uint8)
         target = torch.empty_like(source)

@@ -4,6 +4,7 @@ from .guidance import check_interval, guided_velocity
 from .noise import SampleNoise, Stream, fold_seed, seeded_normal
 from .objectives import OBJECTIVES, VelocityObjective
 from .path import (
+    VelocityNetwork,
     clean_image,
     drop_classes,
     interpolate,
@@ -20,6 +21,7 @@ __all__ = [
     "SOLVERS",
     "SampleNoise",
     "Stream",
+    "VelocityNetwork",
     "VelocityObjective",
     "check_flow_scheduler",
     "check_interval",

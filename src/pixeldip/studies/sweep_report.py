@@ -78,7 +78,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
         "head": ["", *(label(m, first["count"]) for m in metrics), "ms per image"],
         "table": [_cells(row, metrics) for row in rows],
         "floors": ["real images", *(_floor(rows[0], m) for m in metrics), ""],
-        "verdict": _verdict(rows, decisive) if decisive else "",
+        "verdict": verdict(rows, decisive) if decisive else "",
         "curves": curves,
         "samples": shown,
         "warnings": sorted({warning for row in rows for warning in row.result["warnings"]}),
@@ -102,7 +102,7 @@ def _floor(row: Row, metric: str) -> str:
     return "" if real is None else _text(*real)
 
 
-def _verdict(rows: Sequence[Row], metric: str) -> str:
+def verdict(rows: Sequence[Row], metric: str) -> str:
     """The best setting, and the fastest that the metric does not tell from it."""
     best = min(rows, key=lambda row: row.value(metric)[0])
     value, deviation = best.value(metric)
