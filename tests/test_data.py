@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -160,6 +161,7 @@ def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Pa
 def test_shards_in_an_object_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """fsspec's store in memory is read as those behind a network are."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     bundled = open_source(DataSection(source="emoji"))
     half = len(bundled) // 2
     store = fsspec.filesystem("memory")

@@ -157,6 +157,22 @@ def test_commands_within_sentences() -> None:
             assert words[0] != "study" or words[1] in (*STUDIES, "…"), page
 
 
+def test_flags_within_sentences(capsys: pytest.CaptureFixture) -> None:
+    """Each `--flag` is one of ours, or of what the page is about."""
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    with pytest.raises(SystemExit):
+        main(["evaluate", "reference", "--help"])
+    ours = set(re.findall(r"--[a-z][\w.-]+", capsys.readouterr().out))
+    others = {"--max-restarts", "--nproc-per-node"}  # torchrun's
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+        for code in re.findall(r"`([^`]+)`", text):
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", code):
+                assert flag in ours | others, f"{page.name}: {flag}"
+
+
 @pytest.fixture(scope="module")
 def users_folder(seeded_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all that the pages take for granted: pictures, a trained demo, models, samples, a reference."""

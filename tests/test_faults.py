@@ -291,6 +291,13 @@ def test_a_data_worker_that_is_killed_is_named(tmp_path: Path) -> None:
         next(iter(loader))
 
 
+def test_storage_that_hangs_is_named(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "pictures", data={"timeout": 7})
+    message = "no batch came within data.timeout = 7 s: is pictures still reachable"
+    with pytest.raises(UserError, match=message), explained(recipe, CPU):
+        raise RuntimeError("DataLoader timed out after 7 seconds")  # as torch says it
+
+
 def test_a_killed_process_ends_the_others_and_a_restart_carries_on(tmp_path: Path, picture_folder: Path) -> None:
     alone = tiny_recipe(tmp_path / "one", picture_folder, training={"steps": 60})
     train(alone, QUIET)

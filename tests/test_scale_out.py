@@ -1,8 +1,10 @@
 """Many processes compute what one does, however the model lies on them. Real processes, over gloo."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pixeldip import DiPPipeline, UserError
+from pixeldip.cli import main
 from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import newest_checkpoint, read_events, read_metrics
 from pixeldip.training import train
 from pixeldip.training.preparation import check_recipe
 
 from .conftest import make_picture, saved_state, tiny_recipe
+from .test_training import PATIENCE
 
 QUIET = Console(quiet=True)
 STEPS = 8
+LAUNCHER, PIXELDIP = ["-m", "torch.distributed.run"], ["-m", "pixeldip.cli"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +56,9 @@ def launch(
 
 
 def torchrun(processes: int, *arguments: str, before: str = "true") -> subprocess.CompletedProcess:
-    launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m", "pixeldip.cli"]
-    command = ["bash", "-c", f'{before} && exec "$0" "$@"', sys.executable, "-m", *launcher, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True)
+    launcher = [*LAUNCHER, "--nproc-per-node", str(processes), "--standalone", *PIXELDIP]
+    command = ["bash", "-c", f'{before} && exec "$0" "$@"', sys.executable, *launcher, *arguments]
+    return subprocess.run(command, env=ONE_THREAD, timeout=PATIENCE, capture_output=True, text=True)
 
 
 def losses(run: str | Path) -> torch.Tensor:
@@ -141,6 +146,37 @@ def test_broken_images_are_counted_over_all_processes(tmp_path: Path) -> None:
     done = launch(recipe, tmp_path / "other", 2)
     assert done.returncode == 0, done.stderr
     assert all(done.stdout.count(f"{i:02}.png") == 1 for i in (3, 8))
+
+
+def test_a_signal_to_torchrun_saves(alone: Recipe, tmp_path: Path) -> None:
+    values = recipe_values(alone)
+    training = {**values["training"], "steps": 5000, "save_every": 5000}
+    save_recipe(parse_recipe({**values, "out": str(tmp_path / "run"), "training": training}), tmp_path / "run.yaml")
+    command = [*LAUNCHER, "--nproc-per-node", "2", "--standalone", *PIXELDIP, "train", str(tmp_path / "run.yaml")]
+    with subprocess.Popen([sys.executable, *command], env=ONE_THREAD, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while len(read_metrics(tmp_path / "run")) < 5 and process.poll() is None:
+                time.sleep(0.05)
+            process.terminate()
+            _, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert process.returncode == 1, errors
+    (stopped,) = read_events(tmp_path / "run", "interrupted")
+    assert newest_checkpoint(tmp_path / "run").name == f"step-{stopped['step']:08d}" and stopped["step"] < 5000
+
+
+def test_a_sweep_on_two_processes_gives_the_numbers_of_one(alone: Recipe, tmp_path: Path) -> None:
+    model, real = alone.out, alone.data.source
+    flags = ["--images", "9", "--evaluations", "2", "--guidance", "1", "3", "--device", "cpu", "--no-cache"]
+    flags += ["--metrics", "kid_efficientnet", "boundary", "--precision", "fp32"]
+    common = ["sweep", model, "--reference", real, *flags, "--allow-resolution-mismatch"]
+    done = torchrun(2, *common, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr
+    assert main([*common, "--out", str(tmp_path / "one")]) == 0
+    for file in (tmp_path / "one" / "settings").glob("*.json"):
+        one, two = (json.loads(path.read_text()) for path in (file, tmp_path / "two" / "settings" / file.name))
+        assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3), file.name
 
 
 def test_a_study_on_two_processes(tmp_path: Path) -> None:
