@@ -42,6 +42,7 @@ from pixeldip.training.preview import preview_classes, read_previews, save_previ
 from pixeldip.training.progress import training_flops
 from pixeldip.training.schedule import draw, learning_rate
 
+from . import make_losses
 from .conftest import TINY_MODEL, make_picture, opened_up, saved_state, tiny_recipe
 
 QUIET = Console(quiet=True)
@@ -504,3 +505,12 @@ def test_flops_need_no_computing(head: str) -> None:
             return count_flops(lambda: model(x, t, y))
 
     assert training_flops(model, 32, 32) == 3 * (counted(2) - counted(1))
+
+
+def test_losses_are_what_they_were(tmp_path: Path) -> None:
+    """Against a file, so that a change that moves all runs alike is seen, too."""
+    expected = json.loads(make_losses.FILE.read_text(encoding="utf-8"))
+    for prediction, found in make_losses.losses(tmp_path).items():
+        torch.testing.assert_close(
+            torch.tensor(found), torch.tensor(expected[prediction]), rtol=2e-4, atol=0, msg=prediction
+        )

@@ -44,7 +44,7 @@ RENAMES = [
     (r"final_layer\.linear", r"detailer.out"),
 ]
 RELEASE_GRID = 16  # patches a side the release trains on: 256 px at P = 16, 512 px at P = 32
-RELEASE_SAMPLING = {
+RELEASE_SAMPLING = {  # the guidance scale is that of the paper's pictures (Figs. 7 and 9); no source has the tables'
     "num_inference_steps": 100,
     "solver": "euler",
     "guidance_scale": 4.0,
@@ -102,7 +102,7 @@ def load_release(path: str | Path, weights: str = "ema") -> DiP:
 
 
 def release_pipeline(model: DiP, resolution: int | None = None) -> DiPPipeline:
-    """A network of the release with the size it was trained at, or another one, and sampled as the release does.
+    """A network of the release with the size it was trained at, or another one, and `RELEASE_SAMPLING`.
 
     Raises:
         UserError: if the resolution is no multiple of the patch size.

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import UserError
 from ..processes import keep_freed_memory
 from ..terminal import PlainConsole
-from .comparison import Comparison, ComparisonOptions, measure_contender, run_comparison
+from .comparison import Comparison, ComparisonOptions, measure_contender, prepare_measures, run_comparison
 from .comparison_report import write_report
 from .comparisons import COMPARISONS
 from .features import FEATURES, check_installed, measure_features, write_features_report
@@ -64,7 +64,7 @@ def study_command(arguments: Any) -> int:
         arguments.images,
         arguments.device,
     )
-    comparison = Comparison(measure_contender, write_report, with_costs=True)
+    comparison = Comparison(measure_contender, write_report, prepare_measures, with_costs=True)
     if name == FEATURES.name:
         check_installed()
         comparison = Comparison(measure_features, write_features_report, needs_classes=True)

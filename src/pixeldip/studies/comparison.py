@@ -21,7 +21,7 @@ from ..sampling import SampledImages, load_pipeline
 from ..terminal import clock, some
 from ..training import train
 from .folder import COSTS, RESULT, SAMPLES, alone_in, claim, read_json, write_result
-from .measures import measure_costs, measure_quality
+from .measures import evaluator_of, measure_costs, measure_quality
 from .study import Contender, Study, changed, contender_recipe
 
 GRID_IMAGES = 18
@@ -54,12 +54,14 @@ class Comparison:
             it, returns what goes into the run's result.
         report: given the study, its folder, the contenders and the number of seeds, writes the report and returns
             the page.
+        prepare: called by all processes before the first training: what a measurement will need is there, or it raises.
         with_costs: whether parameters, FLOPs and latency are measured too.
         needs_classes: whether images without classes are refused.
     """
 
     measure: Callable[[Path, DiPPipeline, Recipe, Source, Processes, Console], dict[str, Any]]
     report: Callable[[Study, Path, Sequence[Contender], int], Path]
+    prepare: Callable[[Recipe, Source, Processes, Console], object] | None = None
     with_costs: bool = False
     needs_classes: bool = False
 
@@ -78,22 +80,26 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
     held_out_from = {"source": options.held_out or base.data.source, "split": options.held_out_split}
     recipe = recipe_values(base)
     facts = {"study": study.name, "scale": options.scale, "held_out": held_out_from, "recipe": recipe}
-    alone_in(options.device, console, lambda _: claim(options.out, facts))
-    runs = [(contender, seed) for seed in range(options.seeds) for contender in contenders]
-    began, done_here = time.perf_counter(), 0
-    for number, (contender, seed) in enumerate(runs, start=1):
-        folder = options.out / "runs" / f"{contender.name}-seed{seed}"
-        if (folder / RESULT).is_file():
-            continue
-        left = sum(not (options.out / "runs" / f"{c.name}-seed{s}" / RESULT).is_file() for c, s in runs)
-        remaining = f", {clock((time.perf_counter() - began) / done_here * left)} left" if done_here else ""
+    runs = [
+        (contender, seed, options.out / "runs" / f"{contender.name}-seed{seed}")
+        for seed in range(options.seeds)
+        for contender in contenders
+    ]
+    missing = [run for run in runs if not (run[2] / RESULT).is_file()]
+    if missing and comparison.prepare:
+        _prepare(comparison.prepare, base, held_out, console)
+    alone_in(options.device, console, lambda _: claim(options.out, facts))  # not before mistakes have been told
+    began = time.perf_counter()
+    for done_here, (contender, seed, folder) in enumerate(missing):
+        left = (time.perf_counter() - began) / done_here * (len(missing) - done_here) if done_here else None
+        remaining = "" if left is None else f", {clock(left)} left"
+        number = runs.index((contender, seed, folder)) + 1
         console.rule(f"run {number} of {len(runs)}: {contender.label}, seed {seed}{remaining}", align="left")
         recipe = contender_recipe(base, contender, seed, str(folder))
         outcome = train(recipe, console)
         if outcome.interrupted_by is not None:
             return 128 + outcome.interrupted_by
         _measure(comparison, folder, recipe, held_out, {"contender": contender.name, "seed": seed}, console)
-        done_here += 1
 
     def conclude(processes: Processes) -> Path:
         if comparison.with_costs:
@@ -151,6 +157,21 @@ def open_held_out(recipe: Recipe, options: ComparisonOptions) -> Source:
             f"{some(training.class_names, 5) or 'none'}; they must be the same"
         )
     return held_out
+
+
+def _prepare(
+    prepare: Callable[[Recipe, Source, Processes, Console], object], recipe: Recipe, held_out: Source, console: Console
+) -> None:
+    processes = start_processes(recipe.training.device)
+    try:
+        prepare(recipe, held_out, processes, console)
+    finally:
+        stop_processes()
+
+
+def prepare_measures(recipe: Recipe, held_out: Source, processes: Processes, console: Console) -> None:
+    """Opens and measures the reference: a mistake in it, or weights that are missing, cost no training."""
+    evaluator_of(recipe, held_out, None, processes, console)
 
 
 def _measure(

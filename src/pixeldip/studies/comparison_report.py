@@ -44,8 +44,16 @@ class Measure:
     label: str
     scale: float
     digits: int
-    lower_is_better: bool
+    better: str
     floor: float | None
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.better == "lower"
+
+    @property
+    def direction(self) -> str:
+        return "dotted: real images" if self.better == "as real" else f"{self.better} is better"
 
     def text(self, values: Sequence[float]) -> str:
         return mean_and_spread([self.scale * value for value in values], self.digits)
@@ -98,12 +106,13 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
 
 def _measures(rows: Sequence[Row]) -> list[Measure]:
     first = rows[0].results[0]
-    measures = [Measure(LOSS, "validation loss", 1, 4, True, None)]
+    measures = [Measure(LOSS, "validation loss", 1, 4, "lower", None)]
     for name in first["metrics"]:
         floor = first["floors"].get(name, {}).get("real")
         metric, label = METRICS[name], first["labels"][name]
-        lower = metric.better == "lower"
-        measures.append(Measure(name, label, metric.scale, 1 if lower else 3, lower, floor))
+        largest = max(abs(metric.scale * result["metrics"][name]) for row in rows for result in row.results)
+        digits = 1 if largest >= 100 else 2 if largest >= 2 else 3
+        measures.append(Measure(name, label, metric.scale, digits, metric.better, floor))
     return measures
 
 
@@ -147,7 +156,7 @@ def _paper(contenders: Sequence[Contender]) -> list[list[str]]:
     columns = list(dict.fromkeys(column for c in contenders for column in c.paper))
     if not columns:
         return []
-    return [["", *columns], *([c.label, *(str(c.paper.get(column, "")) for column in columns)] for c in contenders)]
+    return [["", *columns], *([c.label, *(c.paper.get(column, "") for column in columns)] for c in contenders)]
 
 
 def facts(settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -195,8 +204,7 @@ def _dots(rows: Sequence[Row], measures: Sequence[Measure]) -> Figure:
             axes.errorbar(statistics.fmean(values), place, xerr=spread, fmt="o", color=ACCENT, capsize=3, markersize=6)
         if measure.floor is not None:
             axes.axvline(measure.scale * measure.floor, color="#888", linestyle=":", linewidth=1.2)
-        direction = "lower is better" if measure.lower_is_better else "dotted: real images"
-        axes.set_title(f"{measure.label}\n{direction}", fontsize=9)
+        axes.set_title(f"{measure.label}\n{measure.direction}", fontsize=9)
         light_frame(axes, axis="x")
         axes.tick_params(labelsize=8)
     panels[0].set_yticks(list(places), [row.contender.label for row in rows])

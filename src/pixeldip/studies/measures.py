@@ -56,20 +56,35 @@ def validation_losses(
     return {f"{t:g}": total / count for t, total in sums.items()}
 
 
+def held_out_images(held_out: Source, recipe: Recipe) -> SourceImages:
+    return SourceImages(held_out, "held-out images", image_size(recipe.data), allow_enlarging=True, skip_broken=True)
+
+
+def evaluator_of(
+    recipe: Recipe, held_out: Source, patch_size: int | None, processes: Processes, console: Console
+) -> Evaluator:
+    """What measures a run's samples, against the reference, or the held-out images where the recipe names none.
+
+    Raises:
+        UserError: if something for it is missing; see `Evaluator`.
+    """
+    section = dataclasses.replace(recipe.evaluation, patch_size=patch_size)
+    own_images = None if section.reference else held_out_images(held_out, recipe)
+    return Evaluator(section, *image_size(recipe.data), processes, console, own_images)
+
+
 def measure_quality(
     pipeline: DiPPipeline, recipe: Recipe, held_out: Source, processes: Processes, console: Console
 ) -> dict[str, Any]:
     """Validation losses and the evaluation suite's numbers, with their floors. All processes take part."""
-    size = image_size(recipe.data)
     precision = choose_precision(recipe.training.precision, processes.device)
     section = recipe.evaluation
-    real = SourceImages(held_out, "held-out images", size, allow_enlarging=True, skip_broken=True)
+    real = held_out_images(held_out, recipe)
     losses = validation_losses(pipeline.model, real, processes.device, precision)
     samples = SampledImages(
         pipeline, section, range(section.images), order_seed=0, precision=precision, name=recipe.out
     )
-    options = dataclasses.replace(section, patch_size=pipeline.model.config.patch_size)
-    evaluation = Evaluator(options, *size, processes, console, None if section.reference else real).evaluate(samples)
+    evaluation = evaluator_of(recipe, held_out, pipeline.model.config.patch_size, processes, console).evaluate(samples)
     return {
         "validation_loss": statistics.fmean(losses.values()),
         "validation_losses": losses,

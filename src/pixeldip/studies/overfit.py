@@ -1,6 +1,7 @@
 """One photograph, overfitted (Fig. 3): what the DiT-only network cannot paint, and how fast DiP does."""
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Sequence
 from importlib import resources
@@ -16,7 +17,7 @@ from ..data import BrokenImage, centre_crop, decode
 from ..errors import UserError
 from ..files import file_sha256
 from ..images import display_scale, enlarged, psnr
-from ..processes import Processes, start_processes, stop_processes
+from ..processes import Processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
 from ..report import data_uri, light_frame, machine, to_svg, write_pages
@@ -88,7 +89,7 @@ def run_overfit(
         outcome = train(recipe, console)
         if outcome.interrupted_by is not None:
             return 128 + outcome.interrupted_by
-        _measure(folder, recipe, source / photo.name, contender)
+        alone_in(device, console, functools.partial(_measure, folder, recipe, source / photo.name, contender))
     page = alone_in(device, console, lambda _: _write_report(out, scale, source / photo.name))
     console.print(f"done; open {page}", highlight=False, soft_wrap=True)
     return 0
@@ -103,30 +104,22 @@ def _photo(image: Path | None) -> Path:
     return path
 
 
-def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender) -> None:
-    processes = start_processes(recipe.training.device)
-    try:
-        if processes.is_main:
-            size = image_size(recipe.data)
-            target = centre_crop(decode(photo.read_bytes()), *size)
-            images = read_previews(folder, size, recipe.preview.images)
-            curve = {step: _mean_psnr(taken, target) for step, taken in images.items()}
-            Image.fromarray(images[max(images)][0]).save(folder / "reconstruction.png")
-            entries = read_metrics(folder)
-            write_result(
-                folder / RESULT,
-                {
-                    "contender": contender.name,
-                    "psnr": curve,
-                    "loss": {entry["step"]: entry["loss"] for entry in entries},
-                    "images_per_second": training_rate(folder),
-                    "recipe": recipe_values(recipe),
-                    "environment": environment(processes),
-                },
-            )
-        processes.barrier()
-    finally:
-        stop_processes()
+def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender, processes: Processes) -> None:
+    size = image_size(recipe.data)
+    target = centre_crop(decode(photo.read_bytes()), *size)
+    images = read_previews(folder, size, recipe.preview.images)
+    Image.fromarray(images[max(images)][0]).save(folder / "reconstruction.png")
+    write_result(
+        folder / RESULT,
+        {
+            "contender": contender.name,
+            "psnr": {step: _mean_psnr(taken, target) for step, taken in images.items()},
+            "loss": {entry["step"]: entry["loss"] for entry in read_metrics(folder)},
+            "images_per_second": training_rate(folder),
+            "recipe": recipe_values(recipe),
+            "environment": environment(processes),
+        },
+    )
 
 
 def _mean_psnr(images: Sequence[np.ndarray], target: np.ndarray) -> float:

@@ -24,7 +24,7 @@ class Contender:
     name: str
     label: str
     model: Mapping[str, Any]
-    paper: Mapping[str, float | str] = field(default_factory=dict)
+    paper: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
