@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..errors import UserError
 from ..flow import is_stochastic, seeded_normal, start_state, time_grid
 from ..images import display_scale, grid, to_pil
 from ..sampling import SampledImages
@@ -172,9 +173,17 @@ def watched(work: Callable[[Callable[[Told], None]], object]) -> Iterator[Told]:
         with contextlib.suppress(_Stopped):
             put(_END)
 
+    def take() -> object:
+        while not _closing.is_set():
+            try:
+                return told.get(timeout=0.1)
+            except queue.Empty:
+                continue
+        raise UserError("the page has been closed")  # else who waits here would keep the program from ending
+
     threading.Thread(target=run, daemon=True).start()
     try:
-        yield from iter(told.get, _END)
+        yield from iter(take, _END)
     finally:
         stop.set()
     if failure:
