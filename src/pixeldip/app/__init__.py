@@ -6,6 +6,9 @@ from typing import Any
 
 from ..errors import UserError
 
+LAST_SECONDS = 10
+"""After Ctrl-C, in which the server may take leave of the pages that are open."""
+
 
 def app_command(arguments: Any) -> None:
     """What `pixeldip app` does with its `AppArguments`: serves the page on 127.0.0.1 until it is interrupted.
@@ -30,4 +33,7 @@ def app_command(arguments: Any) -> None:
         threading.Event().wait()
     finally:
         stop_all()
+        last = threading.Timer(LAST_SECONDS, os._exit, [130])  # whatever a thread of the server still waits for
+        last.daemon = True
+        last.start()
         page.close(verbose=False)
