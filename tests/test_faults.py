@@ -22,7 +22,7 @@ from pixeldip.data import fingerprint, open_source
 from pixeldip.processes import Processes
 from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import checkpoints, read_events, read_metrics
-from pixeldip.training import train, trainer
+from pixeldip.training import learner, train
 from pixeldip.training.checkpoint import Checkpoints
 from pixeldip.training.divergence import spreading
 from pixeldip.training.ema import EMA
@@ -158,9 +158,9 @@ def bad_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 noise[0, 0, 0, 0] = math.inf
             return labels, noise, t
 
-        monkeypatch.setattr(trainer, "draw", draw)
+        monkeypatch.setattr(learner, "draw", draw)
 
-    real = trainer.draw
+    real = learner.draw
     return inject
 
 

@@ -166,6 +166,7 @@ class Batches(Iterator[Batch]):
             generator=torch.Generator().manual_seed(0),
         )
         self._batches = iter(loader)
+        self._broken: dict[int, str] = {}
         self.waited = 0.0
         """Seconds spent waiting for a batch so far."""
 
@@ -177,4 +178,10 @@ class Batches(Iterator[Batch]):
             time.sleep(5)  # cut short by torch's own error, which would otherwise come in the middle of what follows
             raise RuntimeError("DataLoader worker (pid unknown) exited while it handed over a batch") from error
         self.waited += time.perf_counter() - began
+        self._broken |= batch.broken
         return batch
+
+    def newly_broken(self) -> dict[int, str]:
+        """Rows that could not be read on the way to the batches since the last call, and why."""
+        found, self._broken = self._broken, {}
+        return found

@@ -1,7 +1,8 @@
-"""The training loop: batch -> objective -> gradient -> step -> average, and what stands around it."""
+"""A run: what it starts from, its steps, and what is kept and said of them."""
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 import time
@@ -10,10 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data import (
     Batches,
@@ -24,21 +22,17 @@ from ..data import (
     open_source,
     report_broken,
 )
-from ..images import from_uint8
 from ..model import DiP
-from ..processes import Processes, autocast, choose_precision, start_processes, stop_processes
+from ..processes import Processes, autocast, start_processes, stop_processes
 from ..provenance import restart
-from ..recipe import Recipe, image_size
+from ..recipe import Recipe
 from ..run_folder import NETWORK, PIPELINE
 from ..saved_model import check_saved_model
 from ..terminal import PlainConsole, warn
-from .alignment import AlignedDiP, Alignment, load_alignment
 from .checkpoint import Checkpoints, load_checkpoint, sound_checkpoint
-from .devices import peak_flops
-from .divergence import Watch, check_divergence, spreading
-from .ema import EMA
+from .divergence import Watch, check_divergence
 from .failures import explained
-from .loss import training_loss
+from .learner import Learner
 from .metrics import TrainingMetrics
 from .preparation import (
     build_model,
@@ -51,10 +45,9 @@ from .preparation import (
 )
 from .pretrained import add_adapters, load_pretrained, network_config, read_start, start_from
 from .preview import save_preview
-from .progress import Progress, training_flops
+from .progress import Progress
 from .run_lock import only_run
-from .schedule import draw, learning_rate
-from .sharding import is_sharded, shard, whole_model, whole_tensor
+from .sharding import whole_model
 
 IMPATIENT_SECONDS = 3  # between two Ctrl-C, from which on the second one ends the run without saving
 
@@ -110,28 +103,8 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     if recipe.model.lora_rank:
         with seeded_initialisation(training.seed, 2):
             add_adapters(model, recipe.model, train_classes=bool(start.classes_new))
-    if training.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    network, alignment = model, None
-    if recipe.alignment.weight:
-        alignment = load_alignment(recipe.alignment, model.config.patch_size, processes)
-        with seeded_initialisation(training.seed, 1):
-            network = AlignedDiP(model, recipe.alignment, alignment.width)
-    ema = EMA(model, training.ema_decay)
-    flops = training_flops(model, *image_size(recipe.data)) if peak_flops(processes.device) else None
-    for part in (network, ema.model):
-        if training.shard and processes.world_size > 1:
-            shard(part, processes, choose_precision(training.precision, processes.device))
-        else:
-            part.to(processes.device)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in network.parameters() if parameter.requires_grad],
-        lr=recipe.optimizer.lr,
-        betas=recipe.optimizer.betas,
-        weight_decay=recipe.optimizer.weight_decay,
-        fused=processes.device.type in ("cpu", "cuda"),
-    )
-    first_step = load_checkpoint(checkpoint, network, ema, optimizer) if checkpoint else 0
+    learner = Learner(recipe, model, processes)
+    first_step = load_checkpoint(checkpoint, learner.network, learner.ema, learner.optimizer) if checkpoint else 0
     if first_step >= training.steps:
         console.print(f"{run}: all {first_step} steps are done; raise --training.steps to go on", soft_wrap=True)
         return Outcome(run, first_step)
@@ -153,37 +126,25 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         "data": data["sha256"],
         "data_changed": changed,
     }
-    return _loop(
-        recipe, run, model, network, alignment, ema, optimizer, images, metrics, processes, started, flops, console
-    )
+    return _loop(recipe, run, learner, images, metrics, started, processes, console)
 
 
 def _loop(
     recipe: Recipe,
     run: Path,
-    model: DiP,
-    network: DiP | AlignedDiP,
-    alignment: Alignment | None,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     images: TrainingImages,
     metrics: TrainingMetrics | None,
-    processes: Processes,
     started: dict[str, Any],
-    flops: int | None,
+    processes: Processes,
     console: Console,
 ) -> Outcome:
     first_step = started["step"]
-    training, device, source = recipe.training, processes.device, images.source
-    precision = choose_precision(training.precision, device)
-    sharded = is_sharded(network)
-    parallel: nn.Module = torch.compile(network) if training.compile else network
-    if processes.world_size > 1 and not sharded:
-        parallel = DistributedDataParallel(parallel)
+    training, source = recipe.training, images.source
     height, width = images.size
     sampling = recipe.preview.pipeline_arguments()
     pipeline = {"height": height, "width": width, "class_names": list(source.class_names), "sampling": sampling}
-    saved = Checkpoints(run, network, ema, optimizer, pipeline, training.keep_last, processes)
+    saved = Checkpoints(run, learner.network, learner.ema, learner.optimizer, pipeline, training.keep_last, processes)
     sampler = PositionSampler(
         training.batch_size,
         first_step,
@@ -192,10 +153,9 @@ def _loop(
         processes.rank,
         processes.world_size,
     )
-    stream = Batches(images, sampler, pin_memory=device.type == "cuda")
-    broken, newly_broken = dict(images.broken), {}
+    stream = Batches(images, sampler, pin_memory=processes.device.type == "cuda")
+    broken = dict(images.broken)
     watch = Watch(training, EpochOrder(len(source), training.seed), processes)
-    network.train()
     with _signals() as caught, contextlib.ExitStack() as stack:
         stack.callback(saved.abandon)
         progress = (
@@ -204,52 +164,34 @@ def _loop(
         if progress:
             progress.event("start", **started, **restart(processes))
         for step in range(first_step, training.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe.optimizer, step, training.steps)
-            for part in range(training.gradient_accumulation):
-                batch = next(stream)
-                newly_broken |= batch.broken
-                last = part == training.gradient_accumulation - 1
-                if sharded:
-                    network.set_requires_gradient_sync(last)
-                with contextlib.nullcontext() if last or processes.world_size == 1 or sharded else parallel.no_sync():
-                    x = from_uint8(batch.images.to(device, non_blocking=True))
-                    y, noise, t = draw(recipe.flow, model.objective, batch, x, model.config.num_classes, training.seed)
-                    with autocast(device, precision):
-                        losses = training_loss(parallel, model.objective, alignment, x, y, noise, t)
-                    (spreading(losses["loss"]) / training.gradient_accumulation).backward()
-                watch.part(losses)
-            norm = nn.utils.clip_grad_norm_(network.parameters(), recipe.optimizer.gradient_clip or math.inf)
-            watch.step(step, optimizer, whole_tensor(norm))
-            optimizer.zero_grad()
-            ema.update(model, step)
+            learner.step(step, itertools.islice(stream, training.gradient_accumulation), watch)
 
             done = step + 1
-            logs = done % training.log_every == 0 or done == training.steps
-            saves = done % training.save_every == 0 or done == training.steps
+            logs, saves, previews, evaluates = (
+                bool(every) and (done % every == 0 or done == training.steps)
+                for every in (training.log_every, training.save_every, recipe.preview.every, recipe.evaluation.every)
+            )
             stops = processes.any(bool(caught)) if logs or processes.world_size == 1 else False
             if logs or saves or stops:
                 diverged = watch.look()
                 if progress:
                     progress.divergence(diverged)
                 check_divergence(training, diverged)
-                everyones = {row: why for found in processes.everyones(newly_broken) for row, why in found.items()}
-                report_broken({row: why for row, why in everyones.items() if row not in broken}, console)
-                broken, newly_broken = broken | everyones, {}
+                newly = {row: why for found in processes.everyones(stream.newly_broken()) for row, why in found.items()}
+                report_broken({row: why for row, why in newly.items() if row not in broken}, console)
+                broken |= newly
                 check_broken(broken, source, recipe.data)
             if logs and (means := watch.means()) and progress:
-                progress.step(done, flops, stream.waited, **means, lr=optimizer.param_groups[0]["lr"])
-            previews = recipe.preview.every and (done % recipe.preview.every == 0 or done == training.steps)
-            evaluates = metrics and not stops and (done % recipe.evaluation.every == 0 or done == training.steps)
+                progress.step(done, learner.flops, stream.waited, **means, lr=learner.learning_rate)
             began = time.perf_counter()
             if saves or stops or previews or evaluates:
-                averaged = whole_model(ema.model)
+                averaged = whole_model(learner.ema.model)
             if saves or stops:
                 saved.save(done, averaged)
             if previews and progress:
-                with autocast(device, precision):
+                with autocast(processes.device, learner.precision):
                     save_preview(run, done, averaged, pipeline, recipe.preview)
-            if evaluates:
+            if evaluates and not stops:
                 evaluation = metrics.measure(averaged, pipeline)
                 if progress:
                     progress.evaluation(done, evaluation)
