@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pixeldip import DiP, DiPPipeline
 from pixeldip.recipe import Recipe, parse_recipe
+from pixeldip.run_folder import newest_checkpoint
 
+QUIET = Console(quiet=True)
+PATIENCE = 300  # seconds; a busy machine ends late
 TINY_MODEL = {"patch_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "head_width": 8}
 
 
@@ -92,6 +96,27 @@ def tiny_recipe(out: Path, source: Path | str, **sections: dict) -> Recipe:
 def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Weights, optimizer state and step of a checkpoint that is not sharded, by name."""
     return load_file(checkpoint / "state" / "state.safetensors")
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint: weights, optimizer state and averaged weights."""
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    tensors = saved_state(checkpoint)
+    ema = DiPPipeline.from_pretrained(str(run)).model.state_dict()
+    return tensors | {f"ema.{name}": value for name, value in ema.items()}
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    ours, theirs = state_of(a), state_of(b)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def newest_step(run: Path) -> int:
+    checkpoint = newest_checkpoint(run)
+    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
 
 
 def opened_up(model: DiP, seed: int = 0) -> DiP:

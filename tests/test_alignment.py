@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import nn
 
 from pixeldip import DiP, DiPPipeline, UserError
@@ -23,11 +22,10 @@ from pixeldip.training.checkpoint import load_checkpoint
 from pixeldip.training.ema import EMA
 from pixeldip.training.loss import training_loss
 
-from .conftest import TINY_MODEL, opened_up, saved_state, tiny_recipe
+from .conftest import QUIET, TINY_MODEL, opened_up, saved_state, tiny_recipe
 
 transformers = pytest.importorskip("transformers")
 
-QUIET = Console(quiet=True)
 MEAN, STD = (0.1, 0.3, 0.6), (0.2, 0.4, 0.5)
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES = {**LAYERS, "image_size": 28, "patch_size": 7}

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from pixeldip import UserError
 from pixeldip.data import (
@@ -27,9 +26,7 @@ from pixeldip.data import (
 )
 from pixeldip.recipe import DataSection
 
-from .conftest import make_picture
-
-QUIET = Console(quiet=True)
+from .conftest import QUIET, make_picture
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

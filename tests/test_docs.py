@@ -182,7 +182,8 @@ def users_folder(seeded_weights: Path, tmp_path_factory: pytest.TempPathFactory)
             (folder / source / name).mkdir(parents=True)
             for i in range(6):
                 make_picture(100 * len(source) + 10 * k + i, 32, 32).save(folder / source / name / f"{i}.png")
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    for own in ("recipes", "models", "docs/showcase/drawings"):
+        shutil.copytree(ROOT / own, folder / own)
     sections = {"data": {"resolution": 32}, "training": {"steps": 1}}
     train(tiny_recipe(folder / "runs" / "demo", "emoji", **sections), Console(quiet=True))
     shutil.copytree(folder / "runs" / "demo", folder / "runs" / "my-images")

@@ -5,16 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
 from pixeldip.export import difference, export_model
 from pixeldip.model import HEADS
 
-from .conftest import TINY_MODEL, opened_up, saved_model
-
-QUIET = Console(quiet=True)
+from .conftest import QUIET, TINY_MODEL, opened_up, saved_model
 
 
 def pipeline_of(**changes) -> DiPPipeline:

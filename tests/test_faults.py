@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils.data import DataLoader, Dataset
 
 from pixeldip import UserError
@@ -30,10 +29,8 @@ from pixeldip.training.failures import explained
 from pixeldip.training.preparation import build_model
 from pixeldip.training.run_lock import only_run
 
-from .conftest import make_picture, saved_state, tiny_recipe
-from .test_training import PATIENCE, assert_same_state
+from .conftest import PATIENCE, QUIET, assert_same_state, make_picture, saved_state, tiny_recipe
 
-QUIET = Console(quiet=True)
 CPU = Processes(0, 1, torch.device("cpu"))
 
 

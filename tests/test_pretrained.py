@@ -16,10 +16,17 @@ from pixeldip.training import train
 from pixeldip.training.checkpoint import merged
 from pixeldip.training.pretrained import Start, resample, start_from
 
-from .conftest import TINY_MODEL, make_picture, opened_up, saved_state, tiny_recipe
-from .test_training import assert_same_state, newest_step
+from .conftest import (
+    QUIET,
+    TINY_MODEL,
+    assert_same_state,
+    make_picture,
+    newest_step,
+    opened_up,
+    saved_state,
+    tiny_recipe,
+)
 
-QUIET = Console(quiet=True)
 CLASSES = ["bee", "cat", "ant"]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 from pixeldip import DiPPipeline, UserError
@@ -19,10 +18,8 @@ from pixeldip.run_folder import newest_checkpoint, read_events, read_metrics
 from pixeldip.training import train
 from pixeldip.training.preparation import check_recipe
 
-from .conftest import make_picture, saved_state, tiny_recipe
-from .test_training import PATIENCE
+from .conftest import PATIENCE, QUIET, make_picture, saved_state, tiny_recipe
 
-QUIET = Console(quiet=True)
 STEPS = 8
 LAUNCHER, PIXELDIP = ["-m", "torch.distributed.run"], ["-m", "pixeldip.cli"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,16 +1,12 @@
-"""`pixeldip evaluate` from files and models to numbers, warnings and refusals."""
+"""`pixeldip evaluate` from files and models to numbers."""
 
 import dataclasses
-import functools
 import hashlib
-import http.server
 import json
 import math
 import os
 import subprocess
 import sys
-import threading
-import types
 from pathlib import Path
 
 import numpy as np
@@ -20,38 +16,16 @@ from PIL import Image
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
-from pixeldip.data import NpzFile, NpzWriter
-from pixeldip.evaluation import METRICS, ArrayImages, extractors
-from pixeldip.evaluation.cache import cache_entry
+from pixeldip.data import NpzFile
+from pixeldip.evaluation import METRICS, ArrayImages
 from pixeldip.evaluation.extractors import load_extractor
-from pixeldip.evaluation.inception import POOL_DIM, SPATIAL_DIM, Inception
+from pixeldip.evaluation.inception import Inception
 from pixeldip.evaluation.metrics import kernel_distance, precision_recall
 from pixeldip.evaluation.stream import measure
 from pixeldip.processes import Processes
 
 from ..conftest import opened_up, saved_model
-from .conftest import smooth_images
-
-NO_DOWNLOAD = ["kid_efficientnet", "fd_mid_efficientnet", "boundary"]
-
-
-def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None = None, **arrays: np.ndarray) -> str:
-    np.savez(path, arr_0=images, **({} if labels is None else {"arr_1": labels}), **arrays)
-    return str(path)
-
-
-def save_folder(folder: Path, images: np.ndarray) -> str:
-    folder.mkdir()
-    for i, pixels in enumerate(images):
-        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
-    return str(folder)
-
-
-def run(tmp_path: Path, *arguments: object) -> dict:
-    """The JSON of an evaluation that succeeds."""
-    out = tmp_path / "metrics.json"
-    assert main(["evaluate", *map(str, arguments), "--out", str(out), "--device", "cpu"]) == 0
-    return json.loads(out.read_text())
+from .conftest import NO_DOWNLOAD, run, save_folder, save_npz, smooth_images, statistics
 
 
 @pytest.fixture(scope="module")
@@ -104,79 +78,6 @@ def test_adm_metrics_against_definitions(
     assert record["extractors"]["inception"]["sha256"] == sha256 and not record["extractors"]["inception"]["published"]
     shown = capsys.readouterr().out
     assert "FID-13" in shown and "warning: 13 samples" in shown
-
-
-def test_reference_files(tmp_path: Path, seeded_weights: Path, picture_folder: Path) -> None:
-    """A file made from pictures stands for the pictures, in our hands and as plain numpy arrays."""
-    out = tmp_path / "reference.npz"
-    weights = ["--inception-weights", str(seeded_weights)]
-    assert main(["evaluate", "reference", str(picture_folder), "--resolution", "32", "--out", str(out), *weights]) == 0
-    with np.load(out, allow_pickle=False) as arrays:
-        shapes = {name: (arrays[name].shape, str(arrays[name].dtype)) for name in arrays.files}
-        assert shapes == {
-            "arr_0": ((12, 32, 32, 3), "uint8"),
-            "mu": ((POOL_DIM,), "float64"),
-            "sigma": ((POOL_DIM, POOL_DIM), "float64"),
-            "mu_s": ((SPATIAL_DIM,), "float64"),
-            "sigma_s": ((SPATIAL_DIM, SPATIAL_DIM), "float64"),
-        }
-    assert NpzFile(out).made_with["data"] == str(picture_folder)
-    samples = save_npz(tmp_path / "samples.npz", smooth_images(9, 3))
-    by_file = run(tmp_path, samples, "--reference", out, *weights)
-    by_folder = run(tmp_path, samples, "--reference", picture_folder, *weights)
-    for name, value in by_file["metrics"].items():
-        assert by_folder["metrics"][name] == pytest.approx(value, rel=1e-9), name
-    assert by_file["reference"]["statistics_from_file"] and not by_folder["reference"]["statistics_from_file"]
-
-
-def test_statistics_are_read_not_recomputed(tmp_path: Path, seeded_weights: Path) -> None:
-    """With mu in the file, FID looks at mu and sigma; precision at arr_0. Without arr_0, FID alone is left."""
-    samples = save_npz(tmp_path / "samples.npz", smooth_images(9, 3))
-    mu, sigma = np.full(POOL_DIM, 5.0), np.eye(POOL_DIM)
-    arguments = [samples, "--inception-weights", seeded_weights, "--reference"]
-    np.savez(tmp_path / "stats.npz", mu=mu, sigma=sigma)
-    statistics_only = run(tmp_path, *arguments, tmp_path / "stats.npz")
-    assert set(statistics_only["metrics"]) == {"fid", "is"}
-    warnings = " | ".join(statistics_only["warnings"])
-    assert "sfid is not available" in warnings and "precision is not available" in warnings
-    both = save_npz(tmp_path / "both.npz", smooth_images(8, 4), mu=mu, sigma=sigma)
-    with_images = run(tmp_path, *arguments, both)
-    assert set(with_images["metrics"]) == {"fid", "is", "precision", "recall"}
-    assert with_images["metrics"]["fid"] == statistics_only["metrics"]["fid"]
-
-
-def test_the_reference_is_cached_by_content_and_weights(
-    tmp_path: Path, reference_cache: Path, capsys: pytest.CaptureFixture
-) -> None:
-    samples = save_npz(tmp_path / "samples.npz", smooth_images(10, 1))
-    folder = Path(save_folder(tmp_path / "real", smooth_images(12, 2)))
-    arguments = [samples, "--reference", folder, "--metrics", *NO_DOWNLOAD]
-    first, again = run(tmp_path, *arguments), run(tmp_path, *arguments)
-    assert not first["reference"]["features_from_cache"] and again["reference"]["features_from_cache"]
-    assert again["metrics"] == first["metrics"] and again["floors"] == first["floors"]
-    assert run(tmp_path, *arguments, "--no-cache")["metrics"] == first["metrics"]
-    (entry,) = (p for p in reference_cache.iterdir() if p.stat().st_mtime >= folder.stat().st_mtime)
-    raw = bytearray(entry.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    entry.write_bytes(raw)
-    mended = run(tmp_path, *arguments)
-    assert mended["metrics"] == first["metrics"] and not mended["reference"]["features_from_cache"]
-    assert "damaged cache entry" in capsys.readouterr().out
-    Image.fromarray(smooth_images(1, 9)[0]).save(folder / "0003.png")  # one picture changed
-    changed = run(tmp_path, *arguments)
-    assert not changed["reference"]["features_from_cache"] and changed["metrics"] != first["metrics"]
-
-
-def test_cache_entries_differ_by_all_that_changes_them() -> None:
-    def entry(sha256="a", height=32, width=32, kept=10, name="e", version=1, weights="w") -> Path:
-        images = types.SimpleNamespace(height=height, width=width)
-        return cache_entry(
-            sha256, images, types.SimpleNamespace(name=name, version=version, weights={"sha256": weights}), kept
-        )
-
-    changes = ({"sha256": "b"}, {"height": 64}, {"width": 64}, {"kept": 9}, {"name": "f"}, {"version": 2})
-    entries = {entry(), entry(), *(entry(**change) for change in changes), entry(weights="v")}
-    assert len(entries) == 8
 
 
 def test_chosen_images_are_kept_and_all_are_summed_up() -> None:
@@ -324,115 +225,6 @@ def test_many_processes_give_the_same_numbers(model_folder: Path, tmp_path: Path
     assert np.array_equal(*images)
 
 
-# The table of edge cases: what is refused
-
-GOOD = smooth_images(6, 1)
-
-
-def statistics(**changes: object) -> dict[str, np.ndarray]:
-    arrays = {
-        "mu": np.zeros(POOL_DIM),
-        "sigma": np.eye(POOL_DIM),
-        "mu_s": np.zeros(SPATIAL_DIM),
-        "sigma_s": np.eye(SPATIAL_DIM),
-    }
-    return {name: array for name, array in (arrays | changes).items() if array is not None}
-
-
-def asymmetric() -> np.ndarray:
-    matrix = np.eye(POOL_DIM)
-    matrix[0, 1] = 0.1
-    return matrix
-
-
-@pytest.mark.parametrize(
-    ("samples", "reference", "arguments", "message"),
-    [
-        ({"arr_0": GOOD[:1]}, {"arr_0": GOOD}, [], "1 samples; these metrics need at least 4"),
-        ({"arr_0": GOOD / 255}, {"arr_0": GOOD}, [], "float64 values, expected uint8"),
-        ({"arr_0": GOOD.transpose(0, 3, 1, 2)}, {"arr_0": GOOD}, [], "looks like (N, 3, H, W)"),
-        ({"arr_0": GOOD}, {"arr_0": GOOD[:, :16, :16]}, [], "images of 16x16, the samples are 32x32"),
-        ({"images": GOOD}, {"arr_0": GOOD}, [], "no array arr_0; it holds images"),
-        ({"arr_0": GOOD}, {"x": GOOD}, [], "no images (arr_0) or statistics (mu, sigma) in it; it holds x"),
-        ({"arr_0": GOOD}, statistics(), ["--metrics", "recall"], "recall is not available"),
-        ({"arr_0": GOOD}, statistics(mu_s=None, sigma_s=None), ["--metrics", "sfid"], "has no mu_s, sigma_s"),
-        ({"arr_0": GOOD}, statistics(sigma=None), [], "sigma is missing"),
-        ({"arr_0": GOOD}, statistics(mu=np.zeros(64)), [], "mu has shape (64,), expected (2048,)"),
-        (
-            {"arr_0": GOOD},
-            statistics(sigma_s=np.eye(2048)),
-            [],
-            "sigma_s has shape (2048, 2048), expected (2023, 2023)",
-        ),
-        ({"arr_0": GOOD}, statistics(sigma=asymmetric()), [], "sigma is not symmetric"),
-        (
-            {"arr_0": GOOD},
-            statistics(mu=np.full(POOL_DIM, np.nan)),
-            [],
-            "mu holds float64 values that are not all finite",
-        ),
-        ({"arr_0": GOOD[:3]}, {"arr_0": GOOD}, ["--metrics", "precision"], "at least 4 samples"),
-        ({"arr_0": GOOD}, {"arr_0": GOOD[:3]}, ["--metrics", "recall"], "at least 4 reference images"),
-        (
-            {"arr_0": GOOD, "arr_1": np.array([0, 0, 0, 0, 0, 1])},
-            {"arr_0": GOOD},
-            ["--require-balanced", "--metrics", "boundary"],
-            "2 classes with 1 to 5 samples each",
-        ),
-        ({"arr_0": GOOD}, {"arr_0": GOOD}, ["--metrics", "fiid"], "no metric 'fiid'; there are fid"),
-        ({"arr_0": GOOD}, {"arr_0": GOOD[:1]}, ["--metrics", "kid"], "1 image; a comparison needs at least two"),
-        ({"arr_0": GOOD}, {"arr_0": GOOD[:0]}, ["--metrics", "boundary"], "0 image; a comparison needs"),
-        ({"arr_0": GOOD}, statistics(mu=None, sigma=None), ["--metrics", "fid"], "fid is not available"),
-        ({"arr_0": GOOD[:, :16]}, {"arr_0": GOOD[:, :16]}, [], "squeezed into the squares"),
-        (
-            {"arr_0": GOOD},
-            {"arr_0": GOOD},
-            ["--metrics", "boundary", "--patch-size", "32"],
-            "no borders of patches of 32",
-        ),
-    ],
-)
-def test_refusals(
-    samples: dict,
-    reference: dict,
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    seeded_weights: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    np.savez(tmp_path / "samples.npz", **samples)
-    np.savez(tmp_path / "reference.npz", **reference)
-    command = ["evaluate", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "reference.npz"), *arguments]
-    assert main([*command, "--inception-weights", str(seeded_weights), "--out", str(tmp_path / "m.json")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1 and not (tmp_path / "m.json").exists()
-
-
-def test_labels_of_a_few_classes_and_wild_labels(tmp_path: Path) -> None:
-    common = ["--metrics", "boundary", "--patch-size", 8]
-    few = save_npz(tmp_path / "few.npz", GOOD, np.array([207, 360] * 3))
-    record = run(tmp_path, few, *common, "--require-balanced")
-    assert record["samples"]["classes"]["counts"] == {"207": 3, "360": 3}
-    assert "samples of 2 classes, though their ids go up to 360" in record["warnings"]
-    wild = save_npz(tmp_path / "wild.npz", GOOD, np.array([-1, 10**13, 0, 1, 2, 3]))
-    assert run(tmp_path, wild, *common)["samples"]["classes"]["max"] == 1
-
-
-def test_statistics_of_other_weights_and_of_few_images(tmp_path: Path, seeded_weights: Path) -> None:
-    made_with = {"inception": {"sha256": "another"}, "images": 8}  # as `evaluate reference` records it
-    with NpzWriter(tmp_path / "reference.npz", len(GOOD), 32, 32, made_with) as writer:
-        writer.add(GOOD)
-        writer.finish(**statistics(sigma_s=None))
-    samples = save_npz(tmp_path / "samples.npz", smooth_images(5, 2))
-    arguments = [samples, "--reference", tmp_path / "reference.npz", "--inception-weights", seeded_weights]
-    record = run(tmp_path, *arguments, "--metrics", "fid")  # sigma_s is not needed
-    warnings = " | ".join(record["warnings"])
-    assert "was made with other Inception weights, SHA-256 another" in warnings
-    assert "fid: 8 reference images for 2048 features" in warnings
-    assert record["reference"]["made_with"] == made_with
-
-
 def test_constant_images_have_no_boundary(tmp_path: Path) -> None:
     samples = save_npz(tmp_path / "a.npz", np.full((4, 32, 32, 3), 7, np.uint8))
     record = run(tmp_path, samples, "--metrics", "boundary")
@@ -457,66 +249,6 @@ def test_samples_outlive_a_failure_after_them(
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    good = save_npz(tmp_path / "good.npz", GOOD)
-    raw = bytearray(Path(good).read_bytes())
-    (tmp_path / "cut.npz").write_bytes(raw[: len(raw) // 2])
-    raw[len(raw) // 2] ^= 16
-    (tmp_path / "flipped.npz").write_bytes(raw)
-    mixed = Path(save_folder(tmp_path / "mixed", GOOD))
-    Image.fromarray(GOOD[0][:20]).save(mixed / "0002.png")
-    broken = Path(save_folder(tmp_path / "broken", GOOD))
-    (broken / "0004.png").write_bytes(b"not a picture")
-    (tmp_path / "empty").mkdir()
-    small = save_folder(tmp_path / "small", GOOD[:, :16, :16])
-    cases = {
-        (str(tmp_path / "cut.npz"), good): "cut.npz: truncated, or not an npz file",
-        (str(tmp_path / "flipped.npz"), good): "flipped.npz: arr_0 is damaged (Bad CRC-32",
-        (str(mixed), good): "0002.png is 20x32, the first image 32x32",
-        (str(broken), good): "0004.png: not a picture of a kind that is read",
-        (str(tmp_path / "empty"), good): "no image, .parquet or .tar files in this folder",
-        (str(tmp_path / "nothing"), good): "no such folder or file",
-        (good, small): "16x16, smaller than the 32x32 asked for",
-    }
-    for (samples, reference), message in cases.items():
-        assert main(["evaluate", samples, "--reference", reference, "--metrics", "boundary"]) == 2
-        assert message in capsys.readouterr().err, (samples, reference)
-    assert main(["evaluate", good]) == 2
-    assert "--reference is missing" in capsys.readouterr().err
-
-
-def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:
-    """What does not stop an evaluation is said, and recorded."""
-    weights = ["--inception-weights", seeded_weights, "--no-cache"]
-    dark = np.tile(GOOD[:4] % 2, (3, 1, 1, 1))
-    labels = np.array([0] * 8 + [1] * 2 + [3] * 2)
-    path = save_npz(tmp_path / "a.npz", dark, labels)
-    record = run(tmp_path, path, "--reference", path, *weights, "--metrics", "is", "precision", "--is-split", 5)
-    warnings = " | ".join(record["warnings"])
-    for text in (
-        "no pixel is above 1",
-        "8 of 12 samples are exact duplicates",
-        "3 classes with 2 to 8 samples each",
-        "samples of 3 classes, though their ids go up to 3",
-        "sorted by class",
-        "the last split of the Inception Score has 2 of 5 images",
-        "the samples and the reference are the same images",
-    ):
-        assert text in warnings, text
-    shuffled = run(
-        tmp_path, path, "--reference", path, *weights, "--metrics", "is", "--is-split", 5, "--is-order", "shuffled"
-    )
-    assert "sorted by class" not in " ".join(shuffled["warnings"])
-    constant = save_npz(tmp_path / "b.npz", np.full((4, 16, 16, 3), 9, np.uint8), np.zeros(3, int))
-    real = save_npz(tmp_path / "c.npz", GOOD)
-    record = run(
-        tmp_path, constant, "--reference", real, "--allow-resolution-mismatch", "--metrics", "kid_efficientnet"
-    )
-    warnings = " | ".join(record["warnings"])
-    for text in ("all pixels have the value 9", "labels left out: ", "images of 32x32, the samples are 16x16"):
-        assert text in warnings, text
-
-
 def test_class_sorted_samples_lower_the_inception_score(tmp_path: Path, seeded_weights: Path) -> None:
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
     labels = np.repeat(np.arange(4), 5)
@@ -527,103 +259,3 @@ def test_class_sorted_samples_lower_the_inception_score(tmp_path: Path, seeded_w
         run(tmp_path, *arguments, "--is-order", order)["metrics"]["is"] for order in ("file", "shuffled")
     )
     assert by_file == pytest.approx(1, abs=1e-6) and shuffled > 1.02
-
-
-# Weights
-
-
-def test_missing_weights_say_what_to_fetch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    path = save_npz(tmp_path / "a.npz", GOOD)
-    assert main(["evaluate", path, "--reference", path]) == 2
-    error = capsys.readouterr().err
-    place = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    for text in ("95,628,359 bytes", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", str(place)):
-        assert text in error
-    place.parent.mkdir(parents=True)
-    place.write_bytes(b"half of it")
-    assert main(["evaluate", path, "--reference", path]) == 2
-    assert "10 bytes, SHA-256" in capsys.readouterr().err and place.exists()
-
-
-def test_missing_weights_are_fetched_and_checked(
-    tmp_path: Path, seeded_weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The whole way, from a server on this machine, with the seeded file as the published one."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    handler = functools.partial(Handler, directory=str(seeded_weights.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/{seeded_weights.name}"
-        monkeypatch.setattr(extractors, "INCEPTION_URL", url)
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        with pytest.raises(UserError, match=r"could not be fetched \(invalid hash value"):
-            extractors.load_extractor("inception", torch.device("cpu"))
-        assert not list(tmp_path.rglob("*.pth*"))
-        digest = extractors.file_sha256(seeded_weights)
-        monkeypatch.setattr(extractors, "INCEPTION_SHA256", digest)
-        loaded = extractors.load_extractor("inception", torch.device("cpu"))
-        server.shutdown()
-    assert loaded.weights == {"file": extractors.INCEPTION_FILE, "sha256": digest, "published": True}
-    assert (tmp_path / "hub" / "checkpoints" / extractors.INCEPTION_FILE).is_file() and not loaded.warnings
-
-
-def test_weights_of_another_network(tmp_path: Path, seeded_weights: Path, capsys: pytest.CaptureFixture) -> None:
-    state = torch.load(seeded_weights, weights_only=True)
-    wrong = {
-        "aux": {**state, "AuxLogits.fc.weight": torch.zeros(3)},
-        "lacking": {k: v for k, v in state.items() if k != "fc.bias"},
-        "shape": {**state, "fc.bias": torch.zeros(1000)},
-        "numbers": {0: torch.zeros(3)},
-        "nan": {**state, "Conv2d_1a_3x3.bn.bias": torch.full((32,), math.nan)},
-    }
-    for name, tensors in wrong.items():
-        torch.save(tensors, tmp_path / f"{name}.pth")
-    (tmp_path / "text.pth").write_text("hello")
-    path = save_npz(tmp_path / "a.npz", GOOD)
-    for name, message in {
-        "aux": "AuxLogits.fc.weight is not a tensor of this network",
-        "lacking": "fc.bias is missing",
-        "shape": "fc.bias has shape (1000,), expected (1008,)",
-        "numbers": "expected a dictionary of tensors by name",
-        "text": "not a file of tensors, or a damaged one",
-        "none": "no such file",
-        "nan": "6 of 6 images have inception features that are not finite, the first is image 0",
-    }.items():
-        arguments = ["--reference", path, "--inception-weights", str(tmp_path / f"{name}.pth")]
-        assert main(["evaluate", path, *arguments]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_dinov2_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 224, "patch_size": 14}
-    torch.manual_seed(0)
-    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
-    model.save_pretrained(tmp_path / "dino")
-    samples, references = smooth_images(9, 1), smooth_images(8, 2)
-    arguments = [save_npz(tmp_path / "a.npz", samples), "--reference", save_npz(tmp_path / "b.npz", references)]
-    record = run(tmp_path, *arguments, "--metrics", "fd_dinov2", "kid_dinov2", "--dinov2", tmp_path / "dino")
-
-    def features(images: np.ndarray) -> np.ndarray:
-        pictures = [Image.fromarray(x).resize((224, 224), Image.Resampling.BICUBIC) for x in images]
-        x = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 255
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        with torch.no_grad():
-            return model.eval()((x - mean[:, None, None]) / std[:, None, None]).pooler_output.double().numpy()
-
-    a, b = features(samples), features(references)
-    root = np.linalg.svd((a - a.mean(0)) @ (b - b.mean(0)).T / math.sqrt(8 * 7), compute_uv=False).sum()
-    traces = a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + traces - 2 * root
-    assert record["metrics"]["fd_dinov2"] == pytest.approx(expected, rel=0.02)  # Pillow rounds to grey levels
-    assert "not comparable with published FD-DINOv2" in " ".join(record["warnings"])
-    assert main(["evaluate", *arguments, "--metrics", "fd_dinov2", "--dinov2", str(tmp_path / "none")]) == 2
-    assert "DINOv2" in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""What cannot be measured, or means less than it seems: refusals and warnings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixeldip.cli import main
+from pixeldip.evaluation.inception import POOL_DIM
+
+from .conftest import GOOD, run, save_folder, save_npz, statistics
+
+
+def asymmetric() -> np.ndarray:
+    matrix = np.eye(POOL_DIM)
+    matrix[0, 1] = 0.1
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("samples", "reference", "arguments", "message"),
+    [
+        ({"arr_0": GOOD[:1]}, {"arr_0": GOOD}, [], "1 samples; these metrics need at least 4"),
+        ({"arr_0": GOOD / 255}, {"arr_0": GOOD}, [], "float64 values, expected uint8"),
+        ({"arr_0": GOOD.transpose(0, 3, 1, 2)}, {"arr_0": GOOD}, [], "looks like (N, 3, H, W)"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:, :16, :16]}, [], "images of 16x16, the samples are 32x32"),
+        ({"images": GOOD}, {"arr_0": GOOD}, [], "no array arr_0; it holds images"),
+        ({"arr_0": GOOD}, {"x": GOOD}, [], "no images (arr_0) or statistics (mu, sigma) in it; it holds x"),
+        ({"arr_0": GOOD}, statistics(), ["--metrics", "recall"], "recall is not available"),
+        ({"arr_0": GOOD}, statistics(mu_s=None, sigma_s=None), ["--metrics", "sfid"], "has no mu_s, sigma_s"),
+        ({"arr_0": GOOD}, statistics(sigma=None), [], "sigma is missing"),
+        ({"arr_0": GOOD}, statistics(mu=np.zeros(64)), [], "mu has shape (64,), expected (2048,)"),
+        (
+            {"arr_0": GOOD},
+            statistics(sigma_s=np.eye(2048)),
+            [],
+            "sigma_s has shape (2048, 2048), expected (2023, 2023)",
+        ),
+        ({"arr_0": GOOD}, statistics(sigma=asymmetric()), [], "sigma is not symmetric"),
+        (
+            {"arr_0": GOOD},
+            statistics(mu=np.full(POOL_DIM, np.nan)),
+            [],
+            "mu holds float64 values that are not all finite",
+        ),
+        ({"arr_0": GOOD[:3]}, {"arr_0": GOOD}, ["--metrics", "precision"], "at least 4 samples"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:3]}, ["--metrics", "recall"], "at least 4 reference images"),
+        (
+            {"arr_0": GOOD, "arr_1": np.array([0, 0, 0, 0, 0, 1])},
+            {"arr_0": GOOD},
+            ["--require-balanced", "--metrics", "boundary"],
+            "2 classes with 1 to 5 samples each",
+        ),
+        ({"arr_0": GOOD}, {"arr_0": GOOD}, ["--metrics", "fiid"], "no metric 'fiid'; there are fid"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:1]}, ["--metrics", "kid"], "1 image; a comparison needs at least two"),
+        ({"arr_0": GOOD}, {"arr_0": GOOD[:0]}, ["--metrics", "boundary"], "0 image; a comparison needs"),
+        ({"arr_0": GOOD}, statistics(mu=None, sigma=None), ["--metrics", "fid"], "fid is not available"),
+        ({"arr_0": GOOD[:, :16]}, {"arr_0": GOOD[:, :16]}, [], "squeezed into the squares"),
+        (
+            {"arr_0": GOOD},
+            {"arr_0": GOOD},
+            ["--metrics", "boundary", "--patch-size", "32"],
+            "no borders of patches of 32",
+        ),
+    ],
+)
+def test_refusals(
+    samples: dict,
+    reference: dict,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    seeded_weights: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    np.savez(tmp_path / "samples.npz", **samples)
+    np.savez(tmp_path / "reference.npz", **reference)
+    command = ["evaluate", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "reference.npz"), *arguments]
+    assert main([*command, "--inception-weights", str(seeded_weights), "--out", str(tmp_path / "m.json")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "m.json").exists()
+
+
+def test_labels_of_a_few_classes_and_wild_labels(tmp_path: Path) -> None:
+    common = ["--metrics", "boundary", "--patch-size", 8]
+    few = save_npz(tmp_path / "few.npz", GOOD, np.array([207, 360] * 3))
+    record = run(tmp_path, few, *common, "--require-balanced")
+    assert record["samples"]["classes"]["counts"] == {"207": 3, "360": 3}
+    assert "samples of 2 classes, though their ids go up to 360" in record["warnings"]
+    wild = save_npz(tmp_path / "wild.npz", GOOD, np.array([-1, 10**13, 0, 1, 2, 3]))
+    assert run(tmp_path, wild, *common)["samples"]["classes"]["max"] == 1
+
+
+def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    good = save_npz(tmp_path / "good.npz", GOOD)
+    raw = bytearray(Path(good).read_bytes())
+    (tmp_path / "cut.npz").write_bytes(raw[: len(raw) // 2])
+    raw[len(raw) // 2] ^= 16
+    (tmp_path / "flipped.npz").write_bytes(raw)
+    mixed = Path(save_folder(tmp_path / "mixed", GOOD))
+    Image.fromarray(GOOD[0][:20]).save(mixed / "0002.png")
+    broken = Path(save_folder(tmp_path / "broken", GOOD))
+    (broken / "0004.png").write_bytes(b"not a picture")
+    (tmp_path / "empty").mkdir()
+    small = save_folder(tmp_path / "small", GOOD[:, :16, :16])
+    cases = {
+        (str(tmp_path / "cut.npz"), good): "cut.npz: truncated, or not an npz file",
+        (str(tmp_path / "flipped.npz"), good): "flipped.npz: arr_0 is damaged (Bad CRC-32",
+        (str(mixed), good): "0002.png is 20x32, the first image 32x32",
+        (str(broken), good): "0004.png: not a picture of a kind that is read",
+        (str(tmp_path / "empty"), good): "no image, .parquet or .tar files in this folder",
+        (str(tmp_path / "nothing"), good): "no such folder or file",
+        (good, small): "16x16, smaller than the 32x32 asked for",
+    }
+    for (samples, reference), message in cases.items():
+        assert main(["evaluate", samples, "--reference", reference, "--metrics", "boundary"]) == 2
+        assert message in capsys.readouterr().err, (samples, reference)
+    assert main(["evaluate", good]) == 2
+    assert "--reference is missing" in capsys.readouterr().err
+
+
+def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:
+    """What does not stop an evaluation is said, and recorded."""
+    weights = ["--inception-weights", seeded_weights, "--no-cache"]
+    dark = np.tile(GOOD[:4] % 2, (3, 1, 1, 1))
+    labels = np.array([0] * 8 + [1] * 2 + [3] * 2)
+    path = save_npz(tmp_path / "a.npz", dark, labels)
+    record = run(tmp_path, path, "--reference", path, *weights, "--metrics", "is", "precision", "--is-split", 5)
+    warnings = " | ".join(record["warnings"])
+    for text in (
+        "no pixel is above 1",
+        "8 of 12 samples are exact duplicates",
+        "3 classes with 2 to 8 samples each",
+        "samples of 3 classes, though their ids go up to 3",
+        "sorted by class",
+        "the last split of the Inception Score has 2 of 5 images",
+        "the samples and the reference are the same images",
+    ):
+        assert text in warnings, text
+    shuffled = run(
+        tmp_path, path, "--reference", path, *weights, "--metrics", "is", "--is-split", 5, "--is-order", "shuffled"
+    )
+    assert "sorted by class" not in " ".join(shuffled["warnings"])
+    constant = save_npz(tmp_path / "b.npz", np.full((4, 16, 16, 3), 9, np.uint8), np.zeros(3, int))
+    real = save_npz(tmp_path / "c.npz", GOOD)
+    record = run(
+        tmp_path, constant, "--reference", real, "--allow-resolution-mismatch", "--metrics", "kid_efficientnet"
+    )
+    warnings = " | ".join(record["warnings"])
+    for text in ("all pixels have the value 9", "labels left out: ", "images of 32x32, the samples are 16x16"):
+        assert text in warnings, text

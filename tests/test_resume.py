@@ -1,0 +1,128 @@
+"""A run that was stopped, killed or asked for something else goes on exactly, or says why not."""
+
+import copy
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pixeldip import UserError
+from pixeldip.recipe import parse_recipe, recipe_values, save_recipe
+from pixeldip.run_folder import read_metrics
+from pixeldip.training import train
+from pixeldip.training.preparation import check_resume
+
+from .conftest import PATIENCE, QUIET, assert_same_state, newest_step, tiny_recipe
+
+TRAIN = [sys.executable, "-m", "pixeldip.cli", "train"]
+
+
+def test_killed_and_resumed_ends_bit_for_bit_the_same(tmp_path: Path, picture_folder: Path) -> None:
+    steps = {"steps": 100, "save_every": 3}
+    straight, broken = tiny_recipe(tmp_path / "a", picture_folder, training=steps), tmp_path / "b.yaml"
+    straight.data.flip = True
+    train(straight, QUIET)
+    interrupted = parse_recipe({**recipe_values(straight), "out": str(tmp_path / "b")})
+    save_recipe(interrupted, broken)
+    dice = random.Random(0)
+    for _ in range(2):
+        goal = (newest_step(tmp_path / "b") or 0) + dice.randint(4, 12)
+        process = subprocess.Popen([*TRAIN, str(broken)], stdout=subprocess.DEVNULL)
+        while last_step(tmp_path / "b") < goal and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    assert 0 < newest_step(tmp_path / "b") < 100
+    train(interrupted, QUIET)
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+
+
+def last_step(run: Path) -> int:
+    metrics = read_metrics(run)
+    return int(metrics[-1]["step"]) if metrics else 0
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 1)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: int, workers: int, tmp_path: Path, picture_folder: Path
+) -> None:
+    """Sent to the whole group, as terminals and torchrun do, with processes in it that read images."""
+    data = {"in_memory": not workers, "workers": workers}
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, data=data, training={"steps": 3000, "save_every": 3000})
+    save_recipe(recipe, tmp_path / "r.yaml")
+    command = [*TRAIN, str(tmp_path / "r.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            while last_step(tmp_path / "run") < 5 and process.poll() is None:
+                time.sleep(0.02)
+            for _ in range(2):  # as torchrun does, which passes on what the terminal has sent already
+                os.killpg(process.pid, number)
+            output, _ = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    stopped = newest_step(tmp_path / "run")
+    assert process.returncode == 128 + number and 5 <= stopped < 3000
+    assert f"stopped after step {stopped}" in output
+    recipe.training.steps = stopped + 2
+    assert train(recipe, QUIET).step == stopped + 2
+    assert [e["step"] for e in read_metrics(tmp_path / "run")] == list(range(1, stopped + 3))
+
+
+def test_a_checkpoint_half_written_is_not_there(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder)
+    train(recipe, QUIET)
+    partial = tmp_path / "run" / "checkpoints" / "partial-step-00000009"
+    partial.mkdir()
+    (partial / "half.safetensors").write_bytes(b"half")
+    assert newest_step(tmp_path / "run") == 6
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder)
+    train(recipe, QUIET)
+    other = tiny_recipe(tmp_path / "run", picture_folder, model={"depth": 3})
+    with pytest.raises(UserError, match=r"model.depth = 2, and this one asks for 3"):
+        train(other, QUIET)
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer")  # of the values, which are of no right type
+def test_what_a_resume_may_change(tmp_path: Path) -> None:
+    """How long a run goes on, where, and how it is watched; nothing that enters what is computed."""
+    may_change = {
+        *("out", "preview", "evaluation", "logging"),
+        *("data.source", "data.workers", "data.timeout", "data.in_memory", "data.max_broken", "data.accept_changes"),
+        *("training.steps", "training.log_every", "training.save_every", "training.keep_last", "training.device"),
+        *("training.gradient_checkpointing", "training.gradient_accumulation", "training.shard"),
+        *("training.on_divergence", "training.gradient_limit", "training.skip_limit"),
+    }
+    recipe = tiny_recipe(tmp_path / "run", "emoji")
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    save_recipe(recipe, tmp_path / "run" / "recipe.yaml")
+    check_resume(tmp_path / "run", recipe)
+    for section in dataclasses.fields(recipe):
+        own = getattr(recipe, section.name)
+        keys = [field.name for field in dataclasses.fields(own)] if dataclasses.is_dataclass(own) else [None]
+        for key in keys:
+            other, name = copy.deepcopy(recipe), section.name if key is None else f"{section.name}.{key}"
+            setattr(*(other, section.name) if key is None else (getattr(other, section.name), key), "another")
+            if {section.name, name} & may_change:
+                check_resume(tmp_path / "run", other)
+            else:
+                with pytest.raises(UserError, match=f"holds a run with {name} = "):
+                    check_resume(tmp_path / "run", other)
+
+
+def test_steps_that_a_resume_went_back_behind_count_as_they_were_run_again(tmp_path: Path) -> None:
+    def line(step: int, loss: float) -> dict:
+        return {"step": step, "loss": loss, "images_per_second": 1.0}
+
+    entries = [*(line(step, 1.0) for step in range(1, 7)), {"event": "start", "step": 3}, line(4, 9.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert [(m["step"], m["loss"]) for m in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 9.0)]
