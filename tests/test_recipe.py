@@ -38,6 +38,7 @@ def three_steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
     [
         *(("optimizer", "lr", 1e-2), ("optimizer", "betas", [0.5, 0.9]), ("optimizer", "betas", [0.9, 0.5])),
         *(("optimizer", "weight_decay", 0.5), ("optimizer", "gradient_clip", 1e-3), ("optimizer", "warmup_steps", 2)),
+        ("optimizer", "cooldown_steps", 2),
         *(("flow", "time_mean", 1.0), ("flow", "time_std", 0.3), ("flow", "time_shift", 3.0)),
         *(("flow", "time_distribution", "uniform"), ("flow", "class_dropout", 0.9)),
         *(("training", "seed", 1), ("training", "batch_size", 6), ("data", "flip", True)),

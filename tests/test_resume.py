@@ -96,7 +96,7 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path, picture_fo
 def test_what_a_resume_may_change(tmp_path: Path) -> None:
     """How long a run goes on, where, and how it is watched; nothing that enters what is computed."""
     may_change = {
-        *("out", "preview", "evaluation", "logging"),
+        *("out", "preview", "evaluation", "logging", "optimizer.cooldown_steps"),
         *("data.source", "data.workers", "data.timeout", "data.in_memory", "data.max_broken", "data.accept_changes"),
         *("training.steps", "training.log_every", "training.save_every", "training.keep_last", "training.device"),
         *("training.gradient_checkpointing", "training.gradient_accumulation", "training.shard"),

@@ -86,6 +86,8 @@ def test_learning_rate() -> None:
     assert [learning_rate(section, step, 100) for step in (0, 4, 9, 99)] == [0.1, 0.5, 1.0, 1.0]
     section = OptimizerSection(lr=1.0, warmup_steps=0, schedule="cosine")
     assert learning_rate(section, 0, 100) == 1.0 and learning_rate(section, 50, 100) == pytest.approx(0.505)
+    section = OptimizerSection(lr=1.0, warmup_steps=2, schedule="constant", cooldown_steps=4)
+    assert [learning_rate(section, step, 10) for step in (0, 5, 6, 7, 9)] == [0.5, 1.0, 1.0, 0.75, 0.25]
 
 
 def test_a_seed_is_a_model() -> None:

@@ -135,6 +135,8 @@ class OptimizerSection:
     warmup_steps: NonNegative = 200
     schedule: Literal["constant", "cosine"] = "cosine"
     """cosine falls to 1% of lr at the last step."""
+    cooldown_steps: NonNegative = 0
+    """Last steps, over which the rate falls to 0, so that a constant run can be ended well at any step."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; None: no clipping."""
 

@@ -26,7 +26,7 @@ from .pretrained import Start
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
 # (what the images are is compared by their fingerprint, wherever they lie).
 _MAY_CHANGE = {
-    *("out", "preview", "evaluation", "logging"),
+    *("out", "preview", "evaluation", "logging", "optimizer.cooldown_steps"),
     *(f"data.{key}" for key in ("source", "workers", "timeout", "in_memory", "max_broken", "accept_changes")),
     *(f"training.{key}" for key in ("steps", "log_every", "save_every", "keep_last", "device")),
     *(f"training.{key}" for key in ("gradient_checkpointing", "gradient_accumulation", "shard")),

@@ -19,11 +19,11 @@ from ..recipe import FlowSection, OptimizerSection
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
-    """The rate of a step (from 0): linear warm-up, then constant, or a cosine down to 1%."""
+    """The rate of a step (from 0): linear warm-up, then constant, or a cosine down to 1%; linear cooldown."""
     warmup = min(1.0, (step + 1) / section.warmup_steps) if section.warmup_steps else 1.0
-    if section.schedule == "constant":
-        return section.lr * warmup
-    return section.lr * warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    cooldown = min(1.0, (steps - step) / section.cooldown_steps) if section.cooldown_steps else 1.0
+    cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)) if section.schedule == "cosine" else 1.0
+    return section.lr * warmup * cooldown * cosine
 
 
 def draw(
