@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REPORTS = [page for page in PAGES if page.name == "report.md"]  # written by studies, with the commands that made them
 
 SMALLER = {
-    "torchrun --nproc-per-node 8 -m pixeldip.cli": "pixeldip",  # many processes: test_training, test_evaluate
+    "torchrun --nproc-per-node 8 -m pixeldip.cli": "pixeldip",  # many processes: test_scale_out, test_evaluate
     "0-49999": "0-7",
     "0-63": "0-3",
     "--steps 100": "--steps 2",

@@ -383,6 +383,7 @@ def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
         assert text in card, text
     newest = max((run / "previews").iterdir())
     assert (tmp_path / "toy" / "samples.png").read_bytes() == newest.read_bytes()
+    assert not any(str(run) in path.read_text() for path in (tmp_path / "toy").rglob("*.json"))
     assert not list(run.rglob("README.md"))  # checkpoints have none: they would be stale
     # a copy of a copy keeps it; weights from nowhere say so
     DiPPipeline.from_pretrained(tmp_path / "toy").save_pretrained(tmp_path / "copy")

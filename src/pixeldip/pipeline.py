@@ -37,7 +37,7 @@ from .model import DiP, check_size
 from .recipe import SamplingSettings
 from .run_folder import resolve_model
 from .saved_model import check_saved_model
-from .sharing import upload, write_model_card
+from .sharing import forget_origin, upload, write_model_card
 from .terminal import quieted
 
 
@@ -148,6 +148,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", *_UPLOAD) if key in kwargs}
         super().save_pretrained(save_directory, **kwargs)
+        forget_origin(Path(save_directory))
         if model_card:
             write_model_card(
                 Path(save_directory),

@@ -10,7 +10,9 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from . import __version__
-from .run_folder import ENVIRONMENT, RECIPE, newest_checkpoint, newest_preview, read_evaluations, read_metrics
+from .files import write_json
+from .run_folder import ENVIRONMENT, NETWORK, RECIPE, newest_checkpoint, newest_preview, read_evaluations, read_metrics
+from .saved_model import CONFIG, INDEX
 
 CARD = "README.md"
 SAMPLES = "samples.png"
@@ -117,3 +119,11 @@ def _numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 def _floor(floor: Mapping[str, float] | None) -> str:
     return f"{floor['real']:.4g}" if floor else ""
+
+
+def forget_origin(folder: Path) -> None:
+    """Takes out of a saved pipeline's files what diffusers notes there: the path on this machine it came from."""
+    for path in (folder / INDEX, folder / NETWORK / CONFIG):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("_name_or_path", None):
+            write_json(path, values)
