@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pixeldip import DiP, DiPPipeline
 from pixeldip.recipe import Recipe, parse_recipe
-from pixeldip.run_folder import newest_checkpoint
+from pixeldip.run_folder import newest_checkpoint, step_of
 
 QUIET = Console(quiet=True)
 PATIENCE = 300  # seconds; a busy machine ends late
@@ -116,7 +116,7 @@ def assert_same_state(a: Path, b: Path) -> None:
 
 def newest_step(run: Path) -> int:
     checkpoint = newest_checkpoint(run)
-    return int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    return step_of(checkpoint) if checkpoint else 0
 
 
 def opened_up(model: DiP, seed: int = 0) -> DiP:
