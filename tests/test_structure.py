@@ -12,6 +12,7 @@ ORDER = [
     "terminal",
     "recipe",
     "run_folder",
+    "heartbeat",
     "processes",
     "provenance",
     "images",

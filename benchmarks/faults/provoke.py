@@ -171,6 +171,30 @@ def rank_killed_restarts(scene: Scene) -> dict:
     return {**ended, "steps_lost": killed_at - newest}
 
 
+def rank_frozen(scene: Scene) -> dict:
+    """As on a machine without power or network: no connection is closed, nothing comes any more."""
+    settings = scene.recipe()
+    process = scene.start(settings, TORCHRUN)
+    scene.until_a_random_step(process)
+    os.kill(scene.dice.choice(children(process.pid)), signal.SIGSTOP)
+    ended = scene.end(process, 1, "is not heard of any more", within=180)
+    scene.goes_on(settings, TORCHRUN, processes=2)
+    return ended
+
+
+def torchrun_killed(scene: Scene) -> dict:
+    """What it started is left without it."""
+    settings = scene.recipe(training={"steps": 10**9, "save_every": 10**9})
+    process = scene.start(settings, TORCHRUN)
+    scene.until_a_random_step(process)
+    process.kill()
+    ended = scene.end(process, -signal.SIGKILL, "stopped after step")
+    expect(ended["steps_lost"] == 0, "steps were lost")
+    settings.training.steps = newest_step(scene.run) + 5
+    scene.end(scene.start(settings, TORCHRUN), 0, "resumed in")
+    return ended
+
+
 def data_worker_killed(scene: Scene) -> dict:
     settings = scene.recipe(data={"in_memory": False, "workers": 2})
     process = scene.start(settings)
@@ -323,6 +347,8 @@ FAULTS: dict[str, Callable[[Scene], dict]] = {
         second_run,
         rank_killed,
         rank_killed_restarts,
+        rank_frozen,
+        torchrun_killed,
         data_worker_killed,
         storage_hangs,
         disk_full,

@@ -119,9 +119,10 @@ def train(arguments: list[str]) -> int:
         raise UserError("the --plan.… flags belong to --plan; add it, or leave them out to train")
     from .training import train as run_training
 
-    outcome = run_training(recipe)
+    console = PlainConsole()  # quiet in all processes but the main one from here on
+    outcome = run_training(recipe, console)
     if outcome.interrupted_by is None:
-        print(f"sample it: pixeldip sample {outcome.run}")
+        console.print(f"sample it: pixeldip sample {outcome.run}", soft_wrap=True)
     return 128 + outcome.interrupted_by if outcome.interrupted_by else 0
 
 
@@ -356,7 +357,7 @@ class BenchArguments:
     compile: bool = False
     """With torch.compile of the blocks; latency and training: also."""
     heads: bool = False
-    """latency, training: also each other head, and DiT-only, as in Table 2."""
+    """latency, training, memory: also each other head, and DiT-only, as in Table 2."""
     latent: bool = False
     """latency: also DiT-XL/2 with its VAE, random weights, in 250 steps as in Table 1."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import UserError
+from .heartbeat import heartbeat
 
 
 @dataclass(frozen=True)
@@ -170,15 +171,17 @@ def keep_freed_memory() -> None:
 _groups = itertools.count()  # of this process; all processes of a command open as many
 
 
-def start_processes(device_name: str) -> Processes:
-    """Joins the process group that torchrun describes in the environment, if it does.
+@contextlib.contextmanager
+def start_processes(device_name: str) -> Iterator[Processes]:
+    """In here this process is one of those that torchrun describes in the environment, or the only one.
 
     Raises:
-        UserError: if the environment describes only part of one.
+        UserError: if the device is not there, or the environment describes only part of a process group.
     """
     variables = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
-        return Processes(0, 1, choose_device(device_name))
+        yield Processes(0, 1, choose_device(device_name))
+        return
     if len(variables) < 3:
         raise UserError(
             f"the environment sets {' and '.join(variables)} but not all of RANK, WORLD_SIZE and LOCAL_RANK: "
@@ -187,17 +190,22 @@ def start_processes(device_name: str) -> Processes:
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device = choose_device(device_name, local_rank)
     if world_size == 1:
-        return Processes(0, 1, device)
+        yield Processes(0, 1, device)
+        return
     if device.type == "mps":
         raise UserError("several processes cannot share an MPS device: use the cpu device, or one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # the main process may hash or compute for long while the others wait; torchrun ends them all if one dies
+    # the main process may hash or compute for long while the others wait; who is gone is heard sooner
+    timeout = timedelta(hours=12)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=_fresh_store(), rank=rank, world_size=world_size, timeout=timedelta(hours=12)
-    )
-    return Processes(rank, world_size, device)
+    store = _fresh_store()
+    with heartbeat(store, rank, world_size):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            yield Processes(rank, world_size, device)
+        finally:
+            dist.destroy_process_group()
 
 
 def _fresh_store() -> dist.Store:
@@ -210,8 +218,3 @@ def _fresh_store() -> dist.Store:
     one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
     return dist.PrefixStore(f"start {start}, group {next(_groups)}", store)
-
-
-def stop_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

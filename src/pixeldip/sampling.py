@@ -20,7 +20,7 @@ from .files import write_json
 from .flow import Stream
 from .images import display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
-from .processes import Processes, autocast, choose_precision, precision_name, start_processes, stop_processes
+from .processes import Processes, autocast, choose_precision, precision_name, start_processes
 from .provenance import made_by
 from .recipe import SamplingSettings
 from .terminal import PlainConsole, image_progress
@@ -187,8 +187,7 @@ class SampledImages:
 def sample_command(arguments: Any) -> None:
     """What `pixeldip sample` does with its `SampleArguments`."""
     seeds = parse_seeds(arguments.seeds)
-    processes = start_processes(arguments.device)
-    try:
+    with start_processes(arguments.device) as processes:
         in_turn = arguments.out.suffix != ".npz"
         precision = choose_precision(arguments.precision, processes.device)
         pipeline = load_pipeline(arguments.model, processes.device, precision)
@@ -203,8 +202,6 @@ def sample_command(arguments: Any) -> None:
             name=arguments.model,
         )
         sample_to_file(images, arguments.out, arguments.batch_size, processes)
-    finally:
-        stop_processes()
 
 
 def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes: Processes) -> None:

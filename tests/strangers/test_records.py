@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixeldip.cli import main
-from pixeldip.processes import start_processes, stop_processes
+from pixeldip.processes import start_processes
 from pixeldip.provenance import command, environment
 from pixeldip.terminal import PlainConsole, printable, warn
 from pixeldip.training import train
@@ -61,8 +61,5 @@ def test_no_secret_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command() == (
         "train.py --hf-token '***' '--wandb.api_key=***' --steps 3 '***' '--x=***' 'https://***@host/x' --last 2"
     )
-    processes = start_processes("cpu")
-    try:
+    with start_processes("cpu") as processes:
         assert secret not in json.dumps(environment(processes))
-    finally:
-        stop_processes()

@@ -86,7 +86,7 @@ def _measure(
         result = bench_throughput(model, size, batches, rounds, compiled, device, precision)
         return result, {"batches": batches, "rounds": rounds, "compiled": compiled}
     if what == "memory":
-        return bench_memory(model, size, batches, device, precision), {"batches": batches}
+        return bench_memory(model, size, batches, device, precision, arguments.heads), {"batches": batches}
     result = bench_scaling(model, size, batch, processes, rounds, device, precision)
     return result, {"batch": batch, "processes": processes, "rounds": rounds}
 

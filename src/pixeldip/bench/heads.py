@@ -1,15 +1,18 @@
 """The other heads on the same backbone: the contenders of Table 2."""
 
+from typing import Any
+
 from ..model import DiP
 from ..model.heads import HEADS
 from ..training.pretrained import network_config
 
 
-def other_heads(model: DiP) -> dict[str, DiP]:
-    """By name, the model with each other head after its last block, of that head's own default size, and DiT-only."""
+def other_heads(model: DiP) -> dict[str, dict[str, Any]]:
+    """By name, the arguments of a DiP that is this model with another head after its last block, of that head's own
+    default size, and of DiT-only."""
     sizes = {**network_config(model.config), "head_width": None, "head_depth": None, "placement": "post"}
     return {
-        "DiT-only" if head == "linear" else f"head {head}": DiP(**{**sizes, "head": head})
+        "DiT-only" if head == "linear" else f"head {head}": {**sizes, "head": head}
         for head in HEADS
         if head != model.config.head
     }

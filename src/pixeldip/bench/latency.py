@@ -48,8 +48,8 @@ def bench_latency(
     contenders = _contenders(model.to(device).eval().requires_grad_(False), x, y, compiled)
     errors = _errors({name: contender.step for name, contender in contenders.items()}, x)
     if heads:
-        for name, other in other_heads(model).items():
-            other = other.eval().requires_grad_(False).to(device).type(torch.bfloat16)
+        for name, config in other_heads(model).items():
+            other = DiP(**config).eval().requires_grad_(False).to(device).type(torch.bfloat16)
             contenders[name] = sampling_contender(other, x, y)
     if latent:
         other = LatentModel(size, batch, device, torch.bfloat16)

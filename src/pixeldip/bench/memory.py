@@ -14,6 +14,7 @@ import torch
 from ..errors import UserError
 from ..model import DiP
 from ..training.pretrained import network_config
+from .heads import other_heads
 from .latency import noise_and_labels, sampling_contender
 from .timing import Step, synchronise
 from .training import TrainingStep
@@ -23,15 +24,23 @@ DOINGS = ("sampling", "training", "training, checkpointing")
 
 
 def bench_memory(
-    model: DiP, size: tuple[int, int], batches: Sequence[int], device: torch.device, precision: torch.dtype
+    model: DiP,
+    size: tuple[int, int],
+    batches: Sequence[int],
+    device: torch.device,
+    precision: torch.dtype,
+    heads: bool,
 ) -> dict[str, Any]:
     """Peak memory of a few steps for each batch size, beyond what the process held before it built the model.
 
     On a GPU it is what torch's allocator gave out; on a CPU the resident memory, work space of libraries included.
 
+    Args:
+        heads: also with each other head, and with none.
+
     Returns:
         "steps": MiB by what was done and batch size; "per_image": MiB that one image more takes, between the smallest
-        and the largest batch; "series": [batch, MiB] pairs.
+        and the largest batch; "series": [batch, MiB] pairs of the model itself.
 
     Raises:
         UserError: where the peak cannot be read.
@@ -39,17 +48,20 @@ def bench_memory(
     if device.type == "mps" or (device.type == "cpu" and sys.platform != "linux"):
         raise UserError(f"bench memory: the peak can be read on cuda, and on Linux for cpu, not here on {device.type}")
     config = network_config(model.config)
-    peaks: dict[str, dict[int, float]] = {doing: {} for doing in DOINGS}
     for doing in DOINGS:  # libraries take what they keep before anything is measured
         _peak(config, size, min(batches), doing, device, precision)
-    for batch in batches:
-        for doing in DOINGS:
-            peaks[doing][batch] = _peak(config, size, batch, doing, device, precision)
+    asked = {doing: (config, doing) for doing in DOINGS}
+    if heads:
+        asked |= {f"{doing}, {name}": (of, doing) for name, of in other_heads(model).items() for doing in DOINGS}
+    peaks = {
+        name: {batch: _peak(of, size, batch, doing, device, precision) for batch in batches}
+        for name, (of, doing) in asked.items()
+    }
     low, high = min(batches), max(batches)
     return {
-        "steps": {f"{doing}, {batch}": {"mebibytes": peaks[doing][batch]} for doing in DOINGS for batch in batches},
-        "per_image": {doing: (of[high] - of[low]) / (high - low) for doing, of in peaks.items()} if high > low else {},
-        "series": {doing: [[batch, of[batch]] for batch in batches] for doing, of in peaks.items()},
+        "steps": {f"{name}, {batch}": {"mebibytes": of[batch]} for name, of in peaks.items() for batch in batches},
+        "per_image": {name: (of[high] - of[low]) / (high - low) for name, of in peaks.items()} if high > low else {},
+        "series": {doing: [[batch, peaks[doing][batch]] for batch in batches] for doing in DOINGS},
     }
 
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from ..model import DiP
-from ..processes import start_processes, stop_processes
+from ..processes import start_processes
 from ..training.pretrained import network_config
 from .latency import noise_and_labels
 from .timing import Times, take_turns
@@ -82,12 +82,9 @@ def _train(
 ) -> list[float]:
     """Seconds of each step in this process."""
     torch.set_num_threads(threads)
-    processes = start_processes(device)
-    try:
+    with start_processes(device) as processes:
         model = DiP(**config).to(processes.device)
         parallel = DistributedDataParallel(model) if processes.world_size > 1 else model
         step = TrainingStep(model, precision, parallel)
         x, y = noise_and_labels(model, size, batch, processes.device)
         return take_turns({"step": lambda: step(x, y)}, rounds, processes.device)["step"]
-    finally:
-        stop_processes()

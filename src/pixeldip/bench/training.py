@@ -54,8 +54,8 @@ def bench_training(
         network.compile_repeated_blocks(dynamic=False)
         contenders["ours, compiled"] = TrainingStep(network, precision).contender(x, y, counted=eager.step)
     if heads:
-        for name, other in other_heads(model).items():
-            contenders[name] = TrainingStep(other.to(device), precision).contender(x, y)
+        for name, config in other_heads(model).items():
+            contenders[name] = TrainingStep(DiP(**config).to(device), precision).contender(x, y)
     comparison = compare(contenders, rounds, device)
     return {**comparison.record(), "ratios": comparison.ratios()}
 

@@ -5,7 +5,7 @@ from typing import Any
 from ..data import NpzFile
 from ..errors import UserError
 from ..files import check_writable
-from ..processes import choose_precision, keep_freed_memory, start_processes, stop_processes
+from ..processes import choose_precision, keep_freed_memory, start_processes
 from ..run_folder import names_a_model
 from ..sampling import SampledImages, image_writer, load_pipeline
 from ..terminal import PlainConsole, image_progress, warn
@@ -18,8 +18,7 @@ from .run import evaluate
 def evaluate_command(arguments: Any) -> None:
     """Args: arguments: the command line's `EvaluateArguments`."""
     keep_freed_memory()
-    processes = start_processes(arguments.device)
-    try:
+    with start_processes(arguments.device) as processes:
         if arguments.out:
             processes.on_main(lambda: check_writable(arguments.out))
         samples, writer = arguments.samples, None
@@ -40,16 +39,13 @@ def evaluate_command(arguments: Any) -> None:
         evaluation = evaluate(samples, arguments, processes, writer)
         if arguments.out and processes.is_main:
             evaluation.save(arguments.out)
-    finally:
-        stop_processes()
 
 
 def reference_command(arguments: Any) -> None:
     """Args: arguments: the command line's `ReferenceArguments`."""
     keep_freed_memory()
-    processes = start_processes(arguments.device)
-    console = PlainConsole(quiet=not processes.is_main)
-    try:
+    with start_processes(arguments.device) as processes:
+        console = PlainConsole(quiet=not processes.is_main)
         processes.on_main(lambda: check_writable(arguments.out))
         if arguments.data.endswith(".npz"):
             file = NpzFile(arguments.data)
@@ -78,5 +74,3 @@ def reference_command(arguments: Any) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    finally:
-        stop_processes()

@@ -13,7 +13,7 @@ from ..data import Source, open_source
 from ..errors import UserError
 from ..images import grid
 from ..pipeline import DiPPipeline
-from ..processes import Processes, choose_precision, start_processes, stop_processes
+from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
 from ..recipe import Recipe, load_recipe, recipe_values
 from ..run_folder import training_rate
@@ -162,11 +162,8 @@ def open_held_out(recipe: Recipe, options: ComparisonOptions) -> Source:
 def _prepare(
     prepare: Callable[[Recipe, Source, Processes, Console], object], recipe: Recipe, held_out: Source, console: Console
 ) -> None:
-    processes = start_processes(recipe.training.device)
-    try:
+    with start_processes(recipe.training.device) as processes:
         prepare(recipe, held_out, processes, console)
-    finally:
-        stop_processes()
 
 
 def prepare_measures(recipe: Recipe, held_out: Source, processes: Processes, console: Console) -> None:
@@ -182,8 +179,7 @@ def _measure(
     who: Mapping[str, Any],
     console: Console,
 ) -> None:
-    processes = start_processes(recipe.training.device)
-    try:
+    with start_processes(recipe.training.device) as processes:
         pipeline = load_pipeline(str(folder), processes.device)
         measured = comparison.measure(folder, pipeline, recipe, held_out, processes, console)
         if processes.is_main:
@@ -197,8 +193,6 @@ def _measure(
                     "environment": environment(processes),
                 },
             )
-    finally:
-        stop_processes()
 
 
 def measure_contender(

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..files import check_writable, write_text
-from ..processes import Processes, start_processes, stop_processes
+from ..processes import Processes, start_processes
 from ..provenance import made_by
 
 SETTINGS = "study.json"
@@ -40,12 +40,9 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
 def alone_in(device: str, console: Console, work: Callable[[Processes], Any]) -> Any:
     """What `work` returns in the main process, in all of them, as a group of its own between those of trainings. The
     consoles of the others are quiet from then on."""
-    processes = start_processes(device)
-    console.quiet |= not processes.is_main
-    try:
+    with start_processes(device) as processes:
+        console.quiet |= not processes.is_main
         return processes.on_main(lambda: work(processes))
-    finally:
-        stop_processes()
 
 
 def write_result(path: Path, values: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ..evaluation.image_sets import SourceImages, open_images
 from ..images import grid
 from ..model import DiP
 from ..pipeline import DiPPipeline
-from ..processes import Processes, choose_precision, keep_freed_memory, start_processes, stop_processes
+from ..processes import Processes, choose_precision, keep_freed_memory, start_processes
 from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline
 from ..terminal import PlainConsole
@@ -52,9 +52,8 @@ def sweep_command(arguments: Any) -> int:
     """
     keep_freed_memory()
     settings = combinations(arguments)
-    processes = start_processes(arguments.device)
-    console = PlainConsole(quiet=not processes.is_main)
-    try:
+    with start_processes(arguments.device) as processes:
+        console = PlainConsole(quiet=not processes.is_main)
         precision = choose_precision(arguments.precision, processes.device)
         pipeline = load_pipeline(arguments.model, processes.device, precision)
         size = pipeline.config.height, pipeline.config.width
@@ -86,8 +85,6 @@ def sweep_command(arguments: Any) -> int:
             page = write_sweep_report(arguments.out, settings)
             console.print(f"done; open {page}", highlight=False, soft_wrap=True)
         processes.barrier()
-    finally:
-        stop_processes()
     return 0
 
 

@@ -70,8 +70,12 @@ class Learner:
     def _parallel(self) -> nn.Module:
         """The network as it is stepped: compiled, its gradients averaged over the processes."""
         network = torch.compile(self.network) if self.recipe.training.compile else self.network
-        averages = self.processes.world_size > 1 and not is_sharded(self.network)
-        return DistributedDataParallel(network) if averages else network
+        if self.processes.world_size == 1 or is_sharded(self.network):
+            return network
+        for parameter in network.parameters():
+            if parameter.shape[2:] == (1, 1):  # channels-last or not: its gradients have the strides of the latter
+                parameter.data = parameter.data.flatten().view_as(parameter)
+        return DistributedDataParallel(network)
 
     @property
     def learning_rate(self) -> float:

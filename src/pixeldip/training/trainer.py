@@ -23,7 +23,7 @@ from ..data import (
     report_broken,
 )
 from ..model import DiP
-from ..processes import Processes, autocast, start_processes, stop_processes
+from ..processes import Processes, autocast, start_processes
 from ..provenance import restart
 from ..recipe import Recipe
 from ..run_folder import NETWORK, PIPELINE
@@ -72,14 +72,14 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
     """
     console = console or PlainConsole()
     run = Path(recipe.out)
-    processes = start_processes(recipe.training.device)
-    try:
-        with contextlib.ExitStack() as stack, explained(recipe, processes):
-            processes.on_main(lambda: stack.enter_context(only_run(run)))
-            console.quiet |= not processes.is_main
-            return _run(recipe, run, processes, console)
-    finally:
-        stop_processes()
+    with (
+        start_processes(recipe.training.device) as processes,
+        contextlib.ExitStack() as stack,
+        explained(recipe, processes),
+    ):
+        processes.on_main(lambda: stack.enter_context(only_run(run)))
+        console.quiet |= not processes.is_main
+        return _run(recipe, run, processes, console)
 
 
 def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> Outcome:
