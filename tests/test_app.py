@@ -37,9 +37,10 @@ from pixeldip.app.settings import (
 from pixeldip.app.training import POINTS, RunNow
 from pixeldip.images import read_note, save_png
 from pixeldip.model import HEADS
-from pixeldip.recipe import SamplingSettings, save_recipe
+from pixeldip.recipe import save_recipe
 from pixeldip.run_folder import METRICS, RECIPE
 from pixeldip.sampling import SampledImages
+from pixeldip.settings import SamplingSettings
 
 from .conftest import TINY_MODEL, opened_up, saved_model, tiny_recipe
 

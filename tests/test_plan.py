@@ -15,8 +15,9 @@ from pixeldip.data import class_count
 from pixeldip.model import PRESETS
 from pixeldip.plan import plan
 from pixeldip.plan.step import LiveBytes, PaperStep
-from pixeldip.recipe import DataSection, PlanOptions, load_recipe, parse_recipe
+from pixeldip.recipe import DataSection, load_recipe, parse_recipe
 from pixeldip.run_folder import PIPELINE, TRAINING_STATE, checkpoints
+from pixeldip.settings import PlanOptions
 from pixeldip.training import train
 from pixeldip.training.preparation import model_config
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pixeldip import DiP, DiPPipeline
-from pixeldip.recipe import PreviewSection, SamplingFlags, SamplingSettings
+from pixeldip.recipe import PreviewSection
+from pixeldip.settings import SamplingFlags, SamplingSettings
 from pixeldip.training import train
 from pixeldip.training.ema import EMA
 from pixeldip.training.preview import preview_classes, read_previews, save_preview

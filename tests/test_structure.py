@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "files",
     "terminal",
+    "settings",
     "recipe",
     "run_folder",
     "heartbeat",

@@ -12,21 +12,17 @@ import tyro
 from pydantic import Field
 
 from .errors import UserError
-from .recipe import (
+from .recipe import ModelSection, Recipe, load_recipe, parse_recipe, recipe_values
+from .settings import (
     EvaluationOptions,
     Fraction,
-    ModelSection,
     NonNegative,
     PlanOptions,
     Positive,
-    Recipe,
     SamplingFlags,
     Solver,
     check_flags,
     check_values,
-    load_recipe,
-    parse_recipe,
-    recipe_values,
 )
 from .terminal import PlainConsole, printable
 

@@ -22,9 +22,10 @@ from .files import write_json
 from .images import to_pil
 from .processes import Processes, choose_device, choose_precision
 from .provenance import made_by
-from .recipe import NonNegative, Positive, Recipe, image_size, load_recipe
+from .recipe import Recipe, image_size, load_recipe
 from .report import demo_page
 from .sampling import load_pipeline
+from .settings import NonNegative, Positive
 from .terminal import PlainConsole
 from .training import train
 

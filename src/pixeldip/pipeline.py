@@ -34,9 +34,9 @@ from .flow import (
 )
 from .images import to_pil
 from .model import DiP, check_size
-from .recipe import SamplingSettings
 from .run_folder import resolve_model
 from .saved_model import check_saved_model
+from .settings import SamplingSettings
 from .sharing import forget_origin, upload, write_model_card
 from .terminal import quieted
 

@@ -6,34 +6,29 @@ The defaults of all but the model are those of `recipes/my-images.yaml`. This mo
 
 import dataclasses
 import difflib
-import reprlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from .errors import UserError
 from .files import write_text
-
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def _section(cls: type) -> type:
-    cls.__pydantic_config__ = _STRICT
-    return cls
-
-
-_LARGEST = 2**63 - 1
-Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
-NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from .settings import (
+    EvaluationOptions,
+    Fraction,
+    NonNegative,
+    Positive,
+    SamplingSettings,
+    Solver,
+    strict,
+    where_and_why,
+)
 
 
-@_section
+@strict
 @dataclass
 class ModelSection:
     """The network: a preset, single sizes, or a preset with some sizes changed."""
@@ -65,7 +60,7 @@ class ModelSection:
     """Tell the backbone where in the image a patch lies; None: no, as in the release. Small budgets gain by it."""
 
 
-@_section
+@strict
 @dataclass
 class DataSection:
     """The images."""
@@ -94,7 +89,7 @@ class DataSection:
     """Resume although images were added, lost or renamed since the run began."""
 
 
-@_section
+@strict
 @dataclass
 class FlowSection:
     """How times and classes are drawn in training."""
@@ -109,7 +104,7 @@ class FlowSection:
     """Fraction of labels replaced by the null class, for classifier-free guidance."""
 
 
-@_section
+@strict
 @dataclass
 class AlignmentSection:
     """REPA (Yu et al. 2025): the tokens of a block are held near those of a frozen image encoder."""
@@ -124,7 +119,7 @@ class AlignmentSection:
     """Of the two hidden layers between tokens and encoder; trained, saved for resuming, not sampled with."""
 
 
-@_section
+@strict
 @dataclass
 class OptimizerSection:
     """AdamW."""
@@ -141,7 +136,7 @@ class OptimizerSection:
     """Largest gradient norm; None: no clipping."""
 
 
-@_section
+@strict
 @dataclass
 class TrainingSection:
     """The run."""
@@ -173,71 +168,7 @@ class TrainingSection:
     """Consecutive steps left out that stop a run all the same."""
 
 
-_PIPELINE_ARGUMENTS = {
-    "num_inference_steps": "steps",
-    "solver": "solver",
-    "guidance_scale": "guidance",
-    "guidance_interval": "guidance_interval",
-    "time_shift": "time_shift",
-}
-
-
-Solver = Literal["euler", "heun", "ab2", "ddim", "ancestral"]
-"""The names of `flow.SOLVERS`."""
-
-
-@_section
-@dataclass
-class SamplingSettings:
-    """How images come from noise."""
-
-    steps: Positive = 50
-    solver: Solver = "euler"
-    guidance: float = 4.0
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[Fraction, Fraction] = (0.1, 1.0)
-    """Times between which steps are guided; 0 is noise, 1 is the image."""
-    time_shift: Annotated[float, Field(gt=0)] = 1.0
-    """Above 1 takes more of the steps at noisy times."""
-
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """The keywords `DiPPipeline.__call__` knows these settings by."""
-        return {keyword: getattr(self, name) for keyword, name in _PIPELINE_ARGUMENTS.items()}
-
-    @classmethod
-    def from_pipeline_arguments(cls, values: Mapping[str, Any]) -> "SamplingSettings":
-        """The other way round; what is not there takes the default.
-
-        Raises:
-            UserError: naming a keyword that is none of these, or a value that is out of range.
-        """
-        if unknown := sorted(values.keys() - _PIPELINE_ARGUMENTS):
-            raise UserError(f"sampling settings: {unknown[0]!r} is none of {', '.join(_PIPELINE_ARGUMENTS)}")
-        settings = cls(**{_PIPELINE_ARGUMENTS[keyword]: value for keyword, value in values.items()})
-        return check_values(settings, lambda name: f"sampling settings: {name}")
-
-
-@dataclass
-class SamplingFlags:
-    """How images come from noise. What is left out is as the model was saved to be sampled; of a run, as its previews
-    are."""
-
-    steps: Positive | None = None
-    solver: Solver | None = None
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[Fraction, Fraction] | None = None
-    """Times between which steps are guided; 0 is noise, 1 is the image."""
-    time_shift: Annotated[float, Field(gt=0)] | None = None
-    """Above 1 takes more of the steps at noisy times."""
-
-    def settings(self, own: SamplingSettings) -> SamplingSettings:
-        """What was given, and for the rest the model's own settings."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingFlags)}
-        return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
-
-
-@_section
+@strict
 @dataclass
 class PreviewSection(SamplingSettings):
     """Sample grids from the EMA weights during training, always of the same seeds."""
@@ -250,44 +181,7 @@ class PreviewSection(SamplingSettings):
     images: Positive = 32
 
 
-@_section
-@dataclass
-class EvaluationOptions:
-    """What is measured, against what, and how."""
-
-    reference: str = ""
-    """An ADM reference .npz (mu, sigma, mu_s, sigma_s, arr_0), or real images: a folder, parquet file or hub id."""
-    reference_split: str = "train"
-    metrics: tuple[str, ...] = ()
-    """Of fid sfid is precision recall kid (Inception), fd_dinov2 kid_dinov2, kid_efficientnet
-    fd_mid_efficientnet fd_pool_efficientnet (no download), boundary, nearest."""
-    train_images: str = ""
-    """The training images, for nearest: how near samples come to them."""
-    train_split: str = "train"
-    inception_weights: Path | None = None
-    """weights-inception-2015-12-05-6726825d.pth; None: in torch's cache, fetched if it is not there."""
-    dinov2: str = "facebook/dinov2-large"
-    """Hub id or folder of the DINOv2 model."""
-    pr_distance: Literal["adm", "float32"] = "adm"
-    """Precision and recall: float16 distances as in ADM's evaluator, or float32."""
-    is_split: Positive = 5000
-    """Images per split of the Inception Score."""
-    is_order: Literal["file", "shuffled"] = "file"
-    """Splits of consecutive images, as in ADM, or of images in a seeded random order."""
-    patch_size: Annotated[int, Field(ge=2)] | None = None
-    """For boundary: pixels between the borders looked at; None: that of the model the samples come from, else 16."""
-    evaluation_batch_size: Positive = 64
-    """Images through the feature networks at once."""
-    allow_resolution_mismatch: bool = False
-    require_balanced: bool = False
-    """Refuse samples whose classes differ in number."""
-    verify: bool = True
-    """Compare the checksums of .npz files before anything else."""
-    cache: bool = True
-    """Keep the features of reference images for the next time."""
-
-
-@_section
+@strict
 @dataclass
 class EvaluationSection(EvaluationOptions, SamplingSettings):
     """Metrics of EMA samples during training, logged like the loss; the reference is data.source by default."""
@@ -300,7 +194,7 @@ class EvaluationSection(EvaluationOptions, SamplingSettings):
     guidance: float = 2.0
 
 
-@_section
+@strict
 @dataclass
 class LoggingSection:
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -308,7 +202,7 @@ class LoggingSection:
     project: str = "pixeldip"
 
 
-@_section
+@strict
 @dataclass
 class Recipe:
     """A training run."""
@@ -324,23 +218,6 @@ class Recipe:
     preview: PreviewSection = field(default_factory=PreviewSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
-
-
-@dataclass
-class PlanOptions:
-    """What `pixeldip train --plan` reckons with."""
-
-    devices: tuple[Positive, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
-    """Numbers of devices, with one process of DistributedDataParallel each."""
-    device: str = "H100"
-    """H100, H200, A100, L40S, "RTX 4090" or "H100 PCIe": speed and memory of its data sheet."""
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of that speed, in bf16, which the FLOPs of a step reach. Llama 3's training reached 0.38 to 0.43 on H100s
-    (Grattafiori et al. 2024, Table 4)."""
-    price: Annotated[float, Field(gt=0)] | None = None
-    """Of one device for one hour; None: no cost."""
-    classes: NonNegative | None = None
-    """None: those that data.source's folders or schema show, or ImageNet's 1000."""
 
 
 _ADAPTER = TypeAdapter(Recipe)
@@ -364,63 +241,18 @@ def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
     try:
         return _ADAPTER.validate_python(values)
     except ValidationError as error:
-        raise UserError(f"{where}: {explained(error)}") from None
-
-
-def check_flags(arguments: Any) -> None:
-    """Checks a command's arguments, a dataclass, against the ranges of their types.
-
-    Raises:
-        UserError: naming the flags.
-    """
-    check_values(arguments, lambda name: f"--{name.replace('_', '-')}")
-
-
-def check_values(settings: Any, spelling: Callable[[str], str]) -> Any:
-    """A dataclass checked against the ranges of its types, its values turned into them.
-
-    Args:
-        spelling: a field's name as the user knows it.
-
-    Raises:
-        UserError: naming the values that are out of range.
-    """
-    try:
-        return TypeAdapter(type(settings)).validate_python(vars(settings))
-    except ValidationError as error:
-        raise UserError("; ".join(f"{spelling(str(e['loc'][0]))}: {_found(e)}" for e in error.errors())) from None
-
-
-def explained(error: ValidationError) -> str:
-    """Each value that was refused: where, why, and what was found."""
-    return "; ".join(_explain(e) for e in error.errors())
+        raise UserError(f"{where}: {'; '.join(_explain(e) for e in error.errors())}") from None
 
 
 def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"]] or ["all of it"]
-    if error["type"] == "unexpected_keyword_argument":
-        known = _keys_at(path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        return f"{'.'.join(path)} is not a key of a recipe; " + (
-            f"perhaps {'.'.join([*path[:-1], near[0]])}" if near else f"there are {', '.join(known)}"
-        )
-    return f"{'.'.join(path)}: {_found(error)}"
-
-
-class _Shortened(reprlib.Repr):
-    """Of what was found, at most some 200 characters."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxstring = self.maxother = 200
-        self.maxlevel = 2
-
-    def repr_int(self, x: int, level: int) -> str:
-        return super().repr_int(x, level) if abs(x) < 10**100 else "a number of more than 100 digits"
-
-
-def _found(error: Any) -> str:
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}, found {_Shortened().repr(error['input'])}"
+    if error["type"] != "unexpected_keyword_argument":
+        return where_and_why(error)
+    path = [str(part) for part in error["loc"]]
+    known = _keys_at(path[:-1])
+    near = difflib.get_close_matches(path[-1], known, n=1)
+    return f"{'.'.join(path)} is not a key of a recipe; " + (
+        f"perhaps {'.'.join([*path[:-1], near[0]])}" if near else f"there are {', '.join(known)}"
+    )
 
 
 def _keys_at(path: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ from .images import display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes
 from .provenance import made_by
-from .recipe import SamplingSettings
+from .settings import SamplingSettings
 from .terminal import PlainConsole, image_progress
 
 GRID_LIMIT = 256

@@ -10,8 +10,8 @@ from typing_extensions import TypedDict
 
 from .errors import UserError
 from .model import DiP
-from .recipe import NonNegative, Positive, explained
 from .run_folder import NETWORK
+from .settings import NonNegative, Positive, explained
 
 INDEX, CONFIG = "model_index.json", "config.json"
 Side = Annotated[int, Field(ge=1, le=16_384)]

@@ -8,8 +8,8 @@ import gradio as gr
 
 from ..errors import UserError
 from ..pipeline import DiPPipeline
-from ..recipe import Positive, SamplingSettings, check_values
 from ..sampling import parse_seeds
+from ..settings import Positive, SamplingSettings, check_values
 
 SOLVERS = [("Euler", "euler"), ("AB2", "ab2"), ("Heun", "heun"), ("Ancestral", "ancestral")]
 LARGEST_GUIDANCE = 15

@@ -14,8 +14,8 @@ from rich.table import Table
 from ..data import NpzImages
 from ..errors import UserError
 from ..files import write_json
-from ..recipe import EvaluationOptions
 from ..sampling import SETTINGS, SampledImages
+from ..settings import EvaluationOptions
 from ..terminal import warn
 from .image_sets import ImageSet, SourceImages
 from .reference import Reference

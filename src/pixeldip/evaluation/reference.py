@@ -15,7 +15,7 @@ from ..files import file_sha256
 from ..flow import Stream
 from ..processes import Processes
 from ..provenance import made_by
-from ..recipe import EvaluationOptions
+from ..settings import EvaluationOptions
 from ..terminal import Advance
 from .cache import cache_entry, load_entry, save_entry
 from .extractors import Extractor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..flow import Stream
-from ..recipe import EvaluationOptions
+from ..settings import EvaluationOptions
 from .extractors import Extractor
 from .metrics import (
     boundary_ratio,

@@ -17,8 +17,8 @@ from ..data import NpzFile
 from ..errors import UserError
 from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
-from ..recipe import EvaluationOptions
 from ..sampling import ImageWriter
+from ..settings import EvaluationOptions
 from ..terminal import Advance, PlainConsole, image_progress, printable
 from .extractors import Extractor, load_together
 from .image_sets import ImageSet, SourceImages, open_images

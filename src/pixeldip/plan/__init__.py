@@ -4,7 +4,8 @@ import json
 
 from rich.console import Console
 
-from ..recipe import PlanOptions, Recipe
+from ..recipe import Recipe
+from ..settings import PlanOptions
 from .figures import Plan, Row, plan
 from .report import record, show
 

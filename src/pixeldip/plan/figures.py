@@ -15,8 +15,9 @@ from ..data import class_count
 from ..errors import UserError
 from ..model import DiP
 from ..processes import precision_name
-from ..recipe import PlanOptions, Recipe
+from ..recipe import Recipe
 from ..run_folder import NETWORK, resolve_model
+from ..settings import PlanOptions
 from ..training.devices import DEVICES
 from ..training.preparation import check_recipe, model_config
 from ..training.pretrained import network_config

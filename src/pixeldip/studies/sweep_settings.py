@@ -5,7 +5,7 @@ import itertools
 from typing import Any
 
 from ..flow import check_interval, evaluations, steps_within
-from ..recipe import SamplingSettings
+from ..settings import SamplingSettings
 
 
 @dataclasses.dataclass(frozen=True)
