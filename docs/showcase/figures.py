@@ -1,6 +1,6 @@
 """The pictures of this page. Samples are of seeds 0, 1, 2 …, none chosen.
 
-python docs/showcase/figures.py grid MODEL … OUT.png --classes A B C    a row for each class; of several models in turn
+python docs/showcase/figures.py grid MODEL … OUT.png --classes A B C    for each class a row of each model
 python docs/showcase/figures.py nearest MODEL TRAINING_IMAGES OUT.png   samples above the nearest training images
 python docs/showcase/figures.py time RUN … OUT.png --steps 500 1000     previews, a row per step
 python docs/showcase/figures.py loss RUN … OUT.svg                      losses, each the mean of a hundred steps
@@ -95,7 +95,8 @@ def main() -> None:
         arguments.out.write_text(losses(inputs), encoding="utf-8")
         return
     if arguments.what == "grid":
-        shown = [row for model in inputs for row in rows_of(sampled(model, classes))]
+        of_models = [rows_of(sampled(model, classes)) for model in inputs]
+        shown = [row for rows in zip(*of_models) for row in rows]
     elif arguments.what == "nearest":
         model, training_images = inputs
         shown = with_nearest(sampled(model, classes), training_images)
