@@ -70,13 +70,14 @@ def over_time(runs: list[str], steps: list[int]) -> list[list[np.ndarray]]:
 def losses(runs: list[str]) -> str:
     """As SVG. A run's folder names its line."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots()
+    axes, last = figure.subplots(), 0.0
     for run in map(Path, runs):
         metrics = [(m["step"], m["loss"]) for m in read_metrics(run)]
         (logged, _), *_ = metrics
         means = np.array([np.mean(metrics[i : i + 100 // logged], 0) for i in range(0, len(metrics), 100 // logged)])
         axes.plot(*means.T, linewidth=1.4, label=run.name)
-    axes.set(xlabel="step", ylabel="velocity loss (mean of squares)", yscale="log")
+        last = max(last, means[-1, 1])
+    axes.set(xlabel="step", ylabel="velocity loss (mean of squares)", yscale="log", ylim=(None, 4 * last))
     axes.legend(frameon=False)
     light_frame(axes, which="both")
     return to_svg(figure)
