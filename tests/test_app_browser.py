@@ -78,7 +78,13 @@ def address(folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pixeldip.cli", "app", "models/insects", "--port", str(port)]
     flags = ["--device", "cpu", "--precision", "fp32", "--max-images", "8", "--max-steps", "2000", "--max-queue", "2"]
-    server = subprocess.Popen([*command, *flags], cwd=folder, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [*command, *flags],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored by what a shell starts behind itself
+    )
     try:
         line = server.stdout.readline()
         assert f"http://127.0.0.1:{port}" in line and "runs/gallery" in line, line

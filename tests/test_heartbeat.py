@@ -72,9 +72,9 @@ def test_nobody_is_missed_who_leaves_or_is_suspended_with_the_others(three: list
     main, one, two = three
     assert two.communicate("leave\n", timeout=PATIENCE) == ("", "") and two.returncode == 0
     send([main, one], signal.SIGSTOP)
-    time.sleep(2 * MISSED)
+    time.sleep(1.5 * MISSED)
     send([main, one], signal.SIGCONT)
-    time.sleep(2 * MISSED)
+    time.sleep(1.5 * MISSED)
     assert [process.communicate("leave\n", timeout=PATIENCE)[1] for process in (main, one)] == ["", ""]
     assert main.returncode == one.returncode == 0
 
