@@ -8,9 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from pixeldip.heartbeat import MISSED_BEATS
+
 from .conftest import PATIENCE
 
-BEAT = 0.2  # seconds; twelve that are missed end a process
+BEAT = 0.2  # seconds
+MISSED = MISSED_BEATS * BEAT
 ALIVE = """
 import sys
 import torch.distributed as dist
@@ -30,7 +33,6 @@ store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 print(store.port, flush=True)
 sys.stdin.readline()
 """
-MISSED = 12 * BEAT
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen:
