@@ -23,6 +23,12 @@ PATIENCE = 300  # seconds; a busy machine ends late
 TINY_MODEL = {"patch_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "head_width": 8}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Initial weights are the same whichever tests ran before in this process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     import datasets

@@ -237,7 +237,8 @@ def test_group_offloading_changes_nothing(pipeline: DiPPipeline, kind: dict) -> 
     settings = {"num_inference_steps": 3, "output_type": "latent"}
     plain = pipeline("ant", **settings).images
     pipeline.model.enable_group_offload(onload_device=CPU, offload_device=CPU, **kind)
-    torch.testing.assert_close(pipeline("ant", **settings).images, plain, rtol=1e-4, atol=1e-5)
+    offloaded = pipeline("ant", **settings).images
+    torch.testing.assert_close(offloaded, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
 
 
 def test_a_folder_from_before_there_were_schedulers(model_folder: Path, tmp_path: Path) -> None:
