@@ -4,12 +4,14 @@
     python benchmarks/faults/kill_and_resume.py --minutes 60 [--between 120]
 
 Half of the kills are aimed at the writing of a checkpoint. With --minutes the run is killed every so many seconds,
-drawn up to twice --between, for as long as that. Prints where each kill fell and a JSON line; the exit status is 1 if
-a tensor or a logged loss differs. CPU, fp32.
+drawn up to twice --between, for as long as that, and the run left alone goes on beside it. Prints where each kill fell
+and a JSON line; the exit status is 1 if a tensor or a logged loss differs. CPU, fp32, a thread for each run.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -48,8 +50,29 @@ def recipe(out: Path, steps: int):
     )
 
 
-def start(path: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "pixeldip.cli", "train", str(path)], stdout=subprocess.DEVNULL)
+def start(run: Path, steps: int) -> subprocess.Popen:
+    path = run.with_name(f"{run.name}-{steps}.yaml")
+    save_recipe(recipe(run, steps), path)
+    return subprocess.Popen(
+        [sys.executable, "-m", "pixeldip.cli", "train", str(path)],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def to_the_end(run: Path, steps: int) -> None:
+    if start(run, steps).wait():
+        raise SystemExit(f"{run.name}: the run to the end failed")
+
+
+def stop_beyond(step: int, run: Path, process: subprocess.Popen) -> int:
+    """Lets a run come to a step and ends it in order; the step of its last checkpoint."""
+    while process.poll() is None and newest_step(run) <= step:
+        time.sleep(1)
+    process.terminate()
+    if process.wait() != 143:
+        raise SystemExit(f"{run.name}: ended with status {process.returncode}")
+    return newest_step(run)
 
 
 def reached(run: Path) -> int:
@@ -76,11 +99,11 @@ def partials(run: Path) -> list[Path]:
     return list((run / CHECKPOINTS).glob("partial-*"))
 
 
-def kill_once(run: Path, recipe_file: Path, dice: random.Random, seconds: float | None) -> dict:
+def kill_once(run: Path, dice: random.Random, seconds: float | None) -> dict:
     """Starts or resumes the run and kills it: after some time, or at a step, or while a checkpoint is written."""
     goal = newest_step(run) + dice.randint(1, 40)
     aimed = dice.random() < 0.5
-    process = start(recipe_file)
+    process = start(run, FOREVER)
     if seconds is None:
         while process.poll() is None and reached(run) < goal:
             time.sleep(0.002)
@@ -106,20 +129,22 @@ def main() -> int:
     arguments = parser.parse_args()
     dice = random.Random(arguments.seed)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_end:
         alone, killed = (Path(folder) / name for name in ("alone", "killed"))
-        file = Path(folder) / "killed.yaml"
-        save_recipe(recipe(killed, FOREVER), file)
+        if arguments.minutes is not None:
+            beside = start(alone, FOREVER)
+            at_end.callback(beside.kill)
         fell: list[dict] = []
         while len(fell) < arguments.kills if arguments.minutes is None else minutes_since(began) < arguments.minutes:
             seconds = None if arguments.minutes is None else 10 + dice.random() * 2 * (arguments.between - 10)
-            fell.append(kill_once(killed, file, dice, seconds))
-            print(fell[-1], flush=True)
-        steps = newest_step(killed) + 10
-        for run in (killed, alone):
-            save_recipe(recipe(run, steps), Path(folder) / "last.yaml")
-            if start(Path(folder) / "last.yaml").wait():
-                raise SystemExit(f"{run.name}: the run to the end failed")
+            fell.append(kill_once(killed, dice, seconds))
+            print(f"{minutes_since(began):.1f} min: {fell[-1]}", flush=True)
+        if arguments.minutes is None:
+            steps = newest_step(killed) + 10
+            to_the_end(alone, steps)
+        else:
+            steps = stop_beyond(newest_step(killed), alone, beside)
+        to_the_end(killed, steps)
         ours, theirs = tensors(killed), tensors(alone)
         different = [n for n in theirs if n not in ours or not torch.equal(ours[n], theirs[n])]
         losses = [[(entry["step"], entry["loss"]) for entry in read_metrics(run)] for run in (killed, alone)]
