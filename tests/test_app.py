@@ -185,6 +185,7 @@ def test_a_picture_gives_back_its_settings(pipeline: DiPPipeline, tmp_path: Path
     asked = ImageSettings(steps=3, solver="heun", guidance=1.5, guidance_interval=(0.0, 0.7), time_shift=2.0)
     images = SampledImages(pipeline, asked, [4, 9], ["cow", "ant"], height=24, width=16, name="m")
     gallery = Gallery(tmp_path / "gallery")
+    gallery.folder.rmdir()  # somebody tidied up while the page was served
     gallery.add(images, images.read(0, 2))
     newest = gallery.newest()
     assert [read_note(file)["seed"] for file in newest] == [4, 9]

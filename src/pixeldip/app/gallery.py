@@ -14,18 +14,19 @@ SHOWN = 60
 
 
 class Gallery:
-    """A folder of pictures.
+    """A folder of pictures, made anew if it is deleted.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if it cannot be written, also from `add`.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        check_writable(self.folder / "picture.png")
+        self._check()
 
     def add(self, images: SampledImages, pixels: np.ndarray) -> None:
         """Keeps sampled images, uint8 (n, H, W, 3)."""
+        self._check()
         now = time.time_ns() // 1_000_000
         stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now // 1000))}-{now % 1000:03d}"
         for i in reversed(range(len(images))):  # the first image becomes the newest file, and the first one shown
@@ -37,3 +38,6 @@ class Gallery:
     def newest(self) -> list[Path]:
         """The pictures to show, the newest first."""
         return sorted(self.folder.glob("[!.]*.png"), reverse=True)[:SHOWN]
+
+    def _check(self) -> None:
+        check_writable(self.folder / "picture.png")
