@@ -34,21 +34,21 @@ def heartbeat(store: dist.Store, rank: int, world_size: int, beat: float = BEAT)
     Args:
         beat: seconds between two beats.
     """
-    watch = _Watch(store.clone(), rank, world_size, beat)
-    threads = [threading.Thread(target=work, daemon=True) for work in (watch.beats, watch.answers)]
+    watchdog = _Watchdog(store.clone(), rank, world_size, beat)
+    threads = [threading.Thread(target=work, daemon=True) for work in (watchdog.beats, watchdog.answers)]
     for thread in threads:
         thread.start()
     try:
         yield
     finally:
-        watch.stopped.set()
+        watchdog.stopped.set()
         for thread in threads:
             thread.join(beat)  # in vain if the store never answers
     with suppress(RuntimeError):  # closed already; after an exception the others are to miss this process
         store.set(_name(rank), _LEFT)
 
 
-class _Watch:
+class _Watchdog:
     def __init__(self, store: dist.Store, rank: int, world_size: int, beat: float):
         self.store, self.rank, self.world_size, self.beat = store, rank, world_size, beat
         self.stopped = threading.Event()

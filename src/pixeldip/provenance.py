@@ -67,7 +67,9 @@ def made_by() -> dict[str, str]:
 
 def command() -> str:
     """What was typed, fit to be shared with what it made: without secrets."""
-    words, hidden = [Path(sys.argv[0]).name], False
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m, and of what torchrun starts
+    words = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    hidden = False
     for word in sys.argv[1:]:
         flag = _SECRET_FLAG.fullmatch(word)
         if flag:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,11 @@ def test_no_secret_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", secret)
     flags = ["--hf-token", secret, f"--wandb.api_key={secret}", "--steps", "3", f"hf_{secret}", f"--x=hf_{secret}"]
     monkeypatch.setattr(sys, "argv", ["/home/me/train.py", *flags, f"https://me:{secret}@host/x", "--last", "2"])
-    assert command() == (
-        "train.py --hf-token '***' '--wandb.api_key=***' --steps 3 '***' '--x=***' 'https://***@host/x' --last 2"
-    )
+    program = sys.modules["__main__"]
+    shown = "--hf-token '***' '--wandb.api_key=***' --steps 3 '***' '--x=***' 'https://***@host/x' --last 2"
+    monkeypatch.setattr(program, "__spec__", None, raising=False)
+    assert command() == f"train.py {shown}"
+    monkeypatch.setattr(program, "__spec__", find_spec("pixeldip.cli"))  # as python -m leaves it
+    assert command() == f"python -m pixeldip.cli {shown}"
     with start_processes("cpu") as processes:
         assert secret not in json.dumps(environment(processes))
