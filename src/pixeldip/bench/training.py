@@ -36,28 +36,25 @@ def bench_training(
 
     Args:
         compiled: also with compiled blocks.
-        heads: also each other head, and no head.
+        heads: also each other head, and no head, one after another beside ours in plain eager code: all in training
+            at once would not fit in a GPU's memory at the paper's size.
 
     Returns:
         "steps" and "ceilings" as `compare` makes them; "ratios" within rounds.
     """
     x, y = noise_and_labels(model, size, batch, device)
-    model = model.to(device)
-    contenders = {}
-    if has_releases_form(model):
-        plain = _plain_step(ReleaseDiP(model).to(device), x, y, precision)
-        contenders["plain eager"] = Contender(plain, batch, precision, model.num_parameters())
-    trainer = TrainingStep(copy.deepcopy(model), precision)
-    contenders["ours"] = eager = trainer.contender(x, y)
-    if compiled:
-        network = copy.deepcopy(model)
-        network.compile_repeated_blocks(dynamic=False)
-        contenders["ours, compiled"] = TrainingStep(network, precision).contender(x, y, counted=eager.step)
+    contenders = _contenders(model.to(device), x, y, compiled, precision)
+    comparison = compare(contenders, rounds, device)
+    result = {**comparison.record(), "ratios": comparison.ratios()}
     if heads:
+        contenders = {"ours": contenders["ours"]}  # the memory of the rest is needed
         for name, config in other_heads(model).items():
             contenders[name] = TrainingStep(DiP(**config).to(device), precision).contender(x, y)
-    comparison = compare(contenders, rounds, device)
-    return {**comparison.record(), "ratios": comparison.ratios()}
+            pair = compare(contenders, rounds, device)
+            del contenders[name]
+            result["steps"][name] = pair.rows[name]
+            result["ratios"] |= pair.ratios()
+    return result
 
 
 class TrainingStep:
@@ -86,6 +83,19 @@ class TrainingStep:
     def contender(self, x: Tensor, y: Tensor, counted: Step | None = None) -> Contender:
         step = functools.partial(self, x, y)
         return Contender(step, len(x), self.precision, self.model.num_parameters(), counted)
+
+
+def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: torch.dtype) -> dict[str, Contender]:
+    contenders = {}
+    if has_releases_form(model):
+        plain = _plain_step(ReleaseDiP(model).to(x.device), x, y, precision)
+        contenders["plain eager"] = Contender(plain, len(x), precision, model.num_parameters())
+    contenders["ours"] = eager = TrainingStep(copy.deepcopy(model), precision).contender(x, y)
+    if compiled:
+        network = copy.deepcopy(model)
+        network.compile_repeated_blocks(dynamic=False)
+        contenders["ours, compiled"] = TrainingStep(network, precision).contender(x, y, counted=eager.step)
+    return contenders
 
 
 def _plain_step(network: ReleaseDiP, x: Tensor, y: Tensor, precision: torch.dtype) -> Step:
