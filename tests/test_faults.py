@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pixeldip import UserError
-from pixeldip.data import fingerprint, open_source
+from pixeldip.data import TrainingImages, fingerprint, open_source
 from pixeldip.processes import Processes
 from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import checkpoints, read_events, read_metrics
@@ -27,6 +28,7 @@ from pixeldip.training.divergence import spreading
 from pixeldip.training.ema import EMA
 from pixeldip.training.failures import explained
 from pixeldip.training.preparation import build_model
+from pixeldip.training.progress import SLOW_IMAGES
 from pixeldip.training.run_lock import only_run
 
 from .conftest import PATIENCE, QUIET, assert_same_state, make_picture, saved_state, tiny_recipe
@@ -286,6 +288,24 @@ def test_a_data_worker_that_is_killed_is_named(tmp_path: Path) -> None:
     loader = DataLoader(Dying(), num_workers=1, multiprocessing_context="fork")
     with pytest.raises(UserError, match="a process that reads images died"), explained(tiny_recipe(tmp_path, "x"), CPU):
         next(iter(loader))
+
+
+def test_slow_storage_is_told(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    decode = TrainingImages._decode
+
+    def slowly(images: TrainingImages, index: int) -> tuple[np.ndarray, int]:
+        time.sleep(0.1)
+        return decode(images, index)
+
+    monkeypatch.setattr(TrainingImages, "_decode", slowly)
+    data = {"in_memory": False, "workers": 0}
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, data=data, training={"steps": 2, "log_every": 1})
+    train(recipe)
+    _, last = read_metrics(tmp_path / "run")
+    assert SLOW_IMAGES < last["waiting_for_images"] <= 1
+    assert f"waiting for images {last['waiting_for_images']:.0%}" in capsys.readouterr().out
 
 
 def test_storage_that_hangs_is_named(tmp_path: Path) -> None:
