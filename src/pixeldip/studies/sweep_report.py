@@ -22,6 +22,7 @@ APART = 2.0
 """Standard deviations, of two values together, from which they count as different."""
 FASTER = 1.1
 """Times that a setting must be faster than the best one to be worth naming."""
+TICKS_APART = 1.15
 AXES = {"evaluations": "evaluations", "guidance": "guidance scale", "time_shift": "time shift"}
 
 
@@ -130,8 +131,12 @@ def _curves(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
     budgets = {(row.setting.solver, row.setting.evaluations) for row in rows}
     over = "evaluations" if len(budgets) > len({solver for solver, _ in budgets}) else "guidance"
     lines = _lines(rows, over)
-    figure = Figure(figsize=(3.9 * len(metrics) + 2.2, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    columns = min(len(metrics), 2)
+    down = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(3.9 * columns + 2.2, 3.2 * down), layout="constrained")
+    panels = figure.subplots(down, columns, squeeze=False).flatten()
+    for axes in panels[len(metrics) :]:
+        axes.remove()
     for axes, metric in zip(panels, metrics):
         for name, line in lines.items():
             places = [getattr(row.setting, over) for row in line]
@@ -140,7 +145,10 @@ def _curves(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
         if real := rows[0].real(metric):
             axes.axhline(real[0], color="#888", linestyle=":", linewidth=1.2)
         if over == "evaluations":
-            ticks = sorted({row.setting.evaluations for row in rows})
+            ticks: list[int] = []
+            for count in sorted({row.setting.evaluations for row in rows}, reverse=True):
+                if not ticks or TICKS_APART * count < ticks[-1]:  # Heun's 49 stands beside 50
+                    ticks.append(count)
             axes.set_xscale("log")
             axes.set_xticks(ticks, list(map(str, ticks)), minor=False)
             axes.minorticks_off()
