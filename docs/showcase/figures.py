@@ -3,6 +3,7 @@
 python docs/showcase/figures.py grid MODEL … OUT.png --classes A B C    for each class a row of each model
 python docs/showcase/figures.py nearest MODEL TRAINING_IMAGES OUT.png   samples above the nearest training images
 python docs/showcase/figures.py time RUN … OUT.png --steps 500 1000     previews, a row per step
+python docs/showcase/figures.py rows PICTURE … OUT.png                 the pictures in a sweep's settings/, stacked
 python docs/showcase/figures.py loss RUN … OUT.svg                      losses, each the mean of a hundred steps
 """
 
@@ -85,7 +86,7 @@ def losses(runs: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("grid", "nearest", "time", "loss"))
+    parser.add_argument("what", choices=("grid", "nearest", "time", "rows", "loss"))
     parser.add_argument("inputs", nargs="+")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, nargs="+")
@@ -94,6 +95,10 @@ def main() -> None:
     inputs, classes = arguments.inputs, arguments.classes
     if arguments.what == "loss":
         arguments.out.write_text(losses(inputs), encoding="utf-8")
+        return
+    if arguments.what == "rows":
+        stacked = np.vstack([np.asarray(Image.open(file)) for file in inputs])
+        save_png(Image.fromarray(stacked), arguments.out, made_by())
         return
     if arguments.what == "grid":
         of_models = [rows_of(sampled(model, classes)) for model in inputs]
