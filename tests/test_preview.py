@@ -23,7 +23,7 @@ def test_a_run_is_sampled_as_its_previews_are(tmp_path: Path, picture_folder: Pa
     train(tiny_recipe(tmp_path / "run", picture_folder, preview=preview), QUIET)
     pipeline = DiPPipeline.from_pretrained(tmp_path / "run")
     assert pipeline.default_settings == own
-    ((step, found),) = read_previews(tmp_path / "run", (16, 16), 4, num_classes=2).items()
+    ((step, found),) = read_previews(tmp_path / "run", (16, 16), 4).items()
     images = pipeline(preview_classes(4, 2)[1], seeds=range(4)).images
     assert step == 6 and all(np.array_equal(a, np.asarray(b)) for a, b in zip(found, images, strict=True))
     assert SamplingFlags(steps=7).settings(own) == dataclasses.replace(own, steps=7)
@@ -32,14 +32,18 @@ def test_a_run_is_sampled_as_its_previews_are(tmp_path: Path, picture_folder: Pa
 @pytest.mark.parametrize(
     ("images", "num_classes", "columns", "rows"),
     [
-        (20, 10, 2, list(range(10))),
+        (80, 10, 8, list(range(10))),
+        (20, 10, 4, list(range(0, 10, 2))),
+        (96, 32, 9, list(range(0, 32, 3))),
         (32, 10, 4, [0, 1, 2, 3, 5, 6, 7, 8]),
         (99, 99, 9, list(range(0, 99, 9))),
         (64, 1000, 8, list(range(0, 1000, 125))),
         (4, 1, 4, [0]),
     ],
 )
-def test_a_preview_has_a_row_per_class(images: int, num_classes: int, columns: int, rows: list[int]) -> None:
+def test_a_preview_shows_classes_in_order_and_is_no_strip(
+    images: int, num_classes: int, columns: int, rows: list[int]
+) -> None:
     across, labels = preview_classes(images, num_classes)
     assert across == columns and [labels[i] for i in range(0, images, columns)] == rows
     assert labels == sorted(labels) and preview_classes(images, 0) == (int(images**0.5), None)

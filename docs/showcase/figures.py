@@ -62,9 +62,9 @@ def over_time(runs: list[str], steps: list[int]) -> list[list[np.ndarray]]:
     for run in map(Path, runs):
         recipe = load_recipe(str(run / RECIPE))
         classes = len(json.loads((run / DATA).read_text(encoding="utf-8"))["classes"])
-        found |= read_previews(run, image_size(recipe.data), recipe.preview.images, classes)
-    columns, _ = preview_classes(recipe.preview.images, classes)
-    shown = [round(i * (classes - 1) / (COLUMNS - 1)) * columns for i in range(COLUMNS)]
+        found |= read_previews(run, image_size(recipe.data), recipe.preview.images)
+    _, labels = preview_classes(recipe.preview.images, classes)
+    shown = [labels.index(round(i * (classes - 1) / (COLUMNS - 1))) for i in range(COLUMNS)]
     return [[found[step][i] for i in shown] for step in steps]
 
 

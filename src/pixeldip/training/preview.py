@@ -18,16 +18,21 @@ GAP = 2
 
 
 def preview_classes(images: int, num_classes: int) -> tuple[int, list[int] | None]:
-    """The pictures in a row, and each picture's class."""
-    few = 0 < num_classes < images
-    columns = math.ceil(images / num_classes) if few else math.isqrt(images)
-    rows = math.ceil(images / columns)
-    return columns, [i // columns * num_classes // rows for i in range(images)] if num_classes else None
+    """The pictures in a row, and each picture's class: those of a class in one row, of few images of many classes
+    several classes beside each other, so that the sheet is no strip."""
+    if not 0 < num_classes < images:
+        columns = math.isqrt(images)
+        rows = math.ceil(images / columns)
+        return columns, [i // columns * num_classes // rows for i in range(images)] if num_classes else None
+    of_each = math.ceil(images / num_classes)
+    shown = math.ceil(images / of_each)
+    beside = max(1, math.isqrt(shown // of_each))
+    return of_each * beside, [i // of_each * num_classes // shown for i in range(images)]
 
 
 def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], preview: PreviewSection) -> None:
-    """Writes `previews/step-….png`: a row per class, of some of the classes, evenly, where there are more of them than
-    rows; a square of images where there are none."""
+    """Writes `previews/step-….png`: the classes in order, or some of them, evenly, where there are more of them than
+    images; a square of images where there are none."""
     sampler = DiPPipeline(model, **pipeline)
     sampler.set_progress_bar_config(disable=True)
     columns, labels = preview_classes(preview.images, model.config.num_classes)
@@ -40,20 +45,20 @@ def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], pre
     written.replace(file)
 
 
-def read_previews(run: Path, size: tuple[int, int], images: int, num_classes: int = 0) -> dict[int, list[np.ndarray]]:
+def read_previews(run: Path, size: tuple[int, int], images: int) -> dict[int, list[np.ndarray]]:
     """The pictures of a run's previews by step, uint8 (H, W, 3) each.
 
     Args:
         size: (height, width) of a picture.
         images: in a preview.
-        num_classes: of the model.
     """
     (height, width), scale = size, display_scale(size[1], SHOWN_WIDTH)
-    columns, _ = preview_classes(images, num_classes)
+    across, down = width * scale + GAP, height * scale + GAP
     found = {}
     for path in preview_files(run):
         sheet = np.asarray(Image.open(path).convert("RGB"))
-        places = [(i // columns * (height * scale + GAP), i % columns * (width * scale + GAP)) for i in range(images)]
+        columns = (sheet.shape[1] + GAP) // across
+        places = [(i // columns * down, i % columns * across) for i in range(images)]
         cut = [sheet[top : top + height * scale, left : left + width * scale] for top, left in places]
         found[step_of(path)] = [picture[::scale, ::scale] for picture in cut]
     return found
