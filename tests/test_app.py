@@ -244,7 +244,10 @@ def test_only_offered_models_are_loaded(tmp_path: Path) -> None:
     inside, outside = saved_model(tmp_path / "models" / "a", 16), saved_model(tmp_path / "b", 16)
     models = Models((), [tmp_path / "models", tmp_path / "missing"], torch.device("cpu"), torch.float32)
     assert models.names() == [str(inside)]
-    assert models.load(str(inside)) is models.load(str(inside))
+    first = models.load(str(inside))
+    assert models.load(str(inside)) is first
+    first.save_pretrained(inside)
+    assert models.load(str(inside)) is not first
     for name in (str(outside), f"{inside}/../../b", "owner/name", ""):
         with pytest.raises(UserError, match=r"not one of those offered|choose a model"):
             models.load(name)

@@ -55,21 +55,29 @@ def test_a_reader_that_has_seen_enough() -> None:
         (["train", "my-imags"], "neither a .yaml file nor one of the recipes"),
         (["train", "--data.source", "nowhere"], "no such folder"),
         (["train", "--training.steps", "0"], "training.steps"),
+        (["train", "--data.source", ".", "--optimizer.betas", "0.9", "1"], "optimizer.betas.1: input should be less"),
+        (["train", "--plan", "--data.source", "fake.parquet"], "data.source fake.parquet: "),
         (["sample", "nowhere"], "no such folder"),
         (["sample", "{model}", "--classes", "beee"], "perhaps 'bee'"),
         (["sample", "{model}", "--classes", "3"], "classes 0 to 2"),
         (["sample", "{model}", "--seeds", "a-b"], "seeds 'a-b'"),
         (["sample", "{model}", "--height", "20"], "multiples of 8"),
         (["sample", "{model}", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
+        (["sample", "{model}", "--steps", "100001"], "--steps: input should be less than or equal to 100000"),
+        (["sample", "{model}", "--guidance", "nan"], "--guidance: input should be a finite number"),
         (["convert", "nothing.ckpt", "out"], "nothing.ckpt: no such file"),
+        (["convert", "nothing.ckpt", "out", "--resolution", "0"], "--resolution: input should be"),
         (
             ["evaluate", "a.npz", "--patch-size", "0"],
             "--patch-size: input should be greater than or equal to 2, found 0",
         ),
         (["evaluate", "a.npz", "--evaluation-batch-size", "-1"], "--evaluation-batch-size: input should be"),
         (["evaluate", "reference", "emoji", "--resolution", "0"], "--resolution: input should be"),
+        (["evaluate", "reference", "a.npz", "--resolution", "9"], "a.npz: is measured as it is; leave out"),
         (["evaluate", "reference", "emoji", "--out", "."], "cannot be written (a folder has that name)"),
         (["evaluate", "a.npz"], "a.npz: no such file"),
+        (["evaluate", "a.npz", "--images", "9"], "--images is of the samples of a model; a.npz holds images"),
+        (["evaluate", "a.npz", "--guidance", "2"], "--guidance is of the samples of a model"),
         (["demo", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
         (["demo", "--seed", "-1"], "--seed: input should be greater than or equal to 0, found -1"),
         (["sample", "{model}", "--class-order-seed", "-1"], "--class-order-seed: input should be"),
@@ -84,6 +92,7 @@ def test_mistakes_are_one_message_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.parquet").write_text("x")
     assert main([a.format(model=model_folder) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
@@ -163,7 +172,7 @@ def test_a_tracker_that_is_not_installed(tmp_path: Path, picture_folder: Path, m
 
 def test_seeds() -> None:
     assert parse_seeds("7") == [7] and parse_seeds("0-2,9, 4") == [0, 1, 2, 9, 4]
-    for text in ("", "5-3", "x", "1,,2"):
+    for text in ("", "5-3", "0-3,9-5", "7-", "x", "1,,2"):
         with pytest.raises(UserError):
             parse_seeds(text)
 

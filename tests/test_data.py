@@ -155,6 +155,36 @@ def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Pa
             assert (a == b).all() and label_a == label_b
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+        ("data/training/a.parquet", "data/eval/b.parquet"),
+        ("test-drawings/a.parquet", "test-drawings/b_test.parquet"),
+        ("a.parquet", "test/a.parquet"),
+    ],
+)
+@pytest.mark.parametrize("far", [False, True])
+def test_shards_are_of_the_split_they_are_named_after(
+    names: tuple[str, str], far: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    folder = tmp_path / "train-my-test"  # what is above says nothing
+    store = fsspec.filesystem("memory")
+    for name, split in zip(names, ("train", "test")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        open_source(DataSection(source="emoji", split=split)).rows.to_parquet(folder / name)
+        store.pipe(f"{folder}/{name}", (folder / name).read_bytes())
+    source = f"memory://{folder}" if far else str(folder)
+    expected = {"train": 40, "test": 10}
+    if "test-drawings" in names[0]:
+        names, expected = (names[1],), {"test": 50}
+    for split, count in expected.items():
+        assert len(open_source(DataSection(source=source, split=split))) == count
+    with pytest.raises(UserError, match="Unknown split"):
+        open_source(DataSection(source=source, split="validation"))
+
+
 def test_shards_in_an_object_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """fsspec's store in memory is read as those behind a network are."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
@@ -193,6 +223,7 @@ def test_bundled_pictures() -> None:
         ("", "data.source is missing"),
         ("./nowhere", "no such folder"),
         ("{tmp}/empty", "no image, .parquet or .tar files"),
+        ("{tmp}", r"holds \.parquet and pictures; give a folder that holds one kind"),
         ("{tmp}/notes.txt", "neither .parquet nor .tar"),
         ("{tmp}/fake.parquet", "fake.parquet"),
         ("someone/never-cached", "someone/never-cached"),
@@ -202,6 +233,7 @@ def test_sources_that_are_none(tmp_path: Path, source: str, message: str) -> Non
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "fake.parquet").write_text("x")
+    (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         open_source(DataSection(source=source.format(tmp=tmp_path)))
 
@@ -241,6 +273,19 @@ def test_broken_files_are_named_and_replaced(damaged_folder: Path, in_memory: bo
         "empty.png",
         "text.png",
     ]
+
+
+def test_a_worker_that_finds_too_many_broken_says_it_in_one_message(damaged_folder: Path) -> None:
+    images = folder_images(damaged_folder, max_broken=0, in_memory=False, workers=1)
+    with pytest.raises(UserError, match=r"^data.source .*: 1 of 16 images cannot be read, more than .*\n[^\n]*$"):
+        list(Batches(images, PositionSampler(4, 0, 4, 1, 0, 1), pin_memory=False))
+
+
+def test_where_nothing_can_be_read_the_search_ends(damaged_folder: Path) -> None:
+    for path in (damaged_folder / "bee").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="8 of 8 images cannot be read"):
+        folder_images(damaged_folder / "bee", max_broken=1.0)[0]
 
 
 def test_in_memory_or_not_the_run_is_the_same(damaged_folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Programs that do what the model does, without it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_the_command_and_its_torch_programs(tmp_path: Path, capsys: pytest.Captu
 def test_a_program_of_another_model_is_told_apart() -> None:
     a, b = (opened_up(DiP(**TINY_MODEL, num_classes=3), seed=seed) for seed in (1, 2))
     assert difference(a, b, 16, 16) > 0.1
+    assert math.isnan(difference(lambda x, t, y: x * math.nan, b, 16, 16))
 
 
 def test_a_program_that_differs_is_not_to_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,6 +275,10 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
         ({"class_labels": [0], "height": 20}, "multiples of 8"),
         ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt; there is only latents"),
         ({"class_labels": [0], "num_inference_steps": 0}, "at least one step"),
+        ({"class_labels": [0], "num_inference_steps": 2.5}, "a whole number"),
+        ({"class_labels": []}, "no image is asked for"),
+        ({"class_labels": [0], "seeds": 7}, "seeds 7: give a list of whole numbers"),
+        ({"class_labels": [0], "seeds": [0.5]}, "give a list of whole numbers"),
         ({"class_labels": [0], "seeds": [-1]}, "seeds: -1 is below 0"),
     ],
 )
@@ -394,6 +398,9 @@ def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     assert "None was stated" in (tmp_path / "unlicensed" / "README.md").read_text()
     licensed = (tmp_path / "licensed" / "README.md").read_text()
     assert sorted(licensed.splitlines()) == sorted(card.splitlines())  # the entries at the top have no order
+    DiPPipeline.from_pretrained(tmp_path / "licensed").save_pretrained(tmp_path / "again", license="mit")
+    again = (tmp_path / "again" / "README.md").read_text()
+    assert "license: mit" in again and "## Licence\n\nmit" in again and "cc-by" not in again
     DiPPipeline(DiP(**TINY_MODEL, num_classes=0), height=16, width=16).save_pretrained(tmp_path / "unknown")
     unknown = (tmp_path / "unknown" / "README.md").read_text()
     assert "An unconditional" in unknown and "is not known" in unknown and "None was stated" in unknown

@@ -202,6 +202,7 @@ def test_merging_leaves_the_original_alone(trained: DiPPipeline) -> None:
         ({"patch_size": 7}, "multiples of 7"),
         ({"hidden_size": 64}, "nothing of its blocks fits .hidden_size 32 there, 64 here"),
         ({"pretrained": None, "lora_rank": 2}, "adapters need a trained model"),
+        ({"lora_alpha": 2.0}, "there are no adapters without a rank"),
     ],
 )
 def test_refused(model: dict, message: str, trained: DiPPipeline, tmp_path: Path, picture_folder: Path) -> None:

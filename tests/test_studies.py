@@ -210,6 +210,7 @@ def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
         ),
         (["heads", "--resolution", "64"], "--resolution means nothing to the heads study"),
         (["overfit", "--held-out", "x"], "--held-out means nothing to the overfit study"),
+        (["features", "--images", "9"], "--images means nothing to the features study"),
         (["overfit", "--image", "no.jpg"], "--image no.jpg: No such file"),
         (["overfit", "--image", "{broken}"], "broken.jpg"),
     ],

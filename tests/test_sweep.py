@@ -9,7 +9,7 @@ import pytest
 from pixeldip import DiP, DiPPipeline
 from pixeldip.cli import SweepArguments, main
 from pixeldip.studies.sweep import FirstImages, classes_like, reference_images
-from pixeldip.studies.sweep_report import Row, verdict
+from pixeldip.studies.sweep_report import Row, _lines, verdict
 from pixeldip.studies.sweep_settings import Setting, combinations
 
 from .conftest import TINY_MODEL, make_picture, opened_up
@@ -53,6 +53,36 @@ def test_every_combination_once() -> None:
     # six steps of Heun's would take eleven evaluations, so ten allow five steps, which take nine
     assert {(s.evaluations, s.sampling.steps) for s in heun} == {(9, 5), (11, 6)}
     assert all(s.sampling.guidance_interval == s.interval and s.sampling.guidance == s.guidance for s in found)
+
+
+def test_a_curve_is_of_one_setting() -> None:
+    found = combinations(
+        SweepArguments(model="m", evaluations=(10, 20), guidance=(1.0, 2.0), guidance_interval=((0.0, 1.0), (0.2, 0.8)))
+    )
+    rows = [Row(setting, {}, Path("x.png")) for setting in found]
+    over_evaluations = _lines(rows, "evaluations")
+    assert len(over_evaluations) == 3  # unguided, and guided in two intervals
+    for line in over_evaluations.values():
+        assert [row.setting.evaluations for row in line] == [10, 20]
+        assert len({row.setting.guidance for row in line}) == 1
+    at_ten = [row for row in rows if row.setting.evaluations == 10]
+    over_guidance = _lines(at_ten, "guidance")
+    assert {name: [row.setting.guidance for row in line] for name, line in over_guidance.items()} == {
+        "0 < t < 1": [1, 2],
+        "0.2 < t < 0.8": [1, 2],
+    }
+
+
+def test_without_classes_there_is_nothing_to_guide(tmp_path: Path, real: Path, capsys: pytest.CaptureFixture) -> None:
+    DiPPipeline(opened_up(DiP(**TINY_MODEL, num_classes=0)), height=32, width=32).save_pretrained(tmp_path / "model")
+    arguments = ["--reference", real, "--images", 4, "--evaluations", 1, "--metrics", "boundary"]
+    assert sweep(tmp_path / "model", *arguments, "--out", tmp_path / "sweep") == 0
+    assert [path.name for path in (tmp_path / "sweep" / "settings").glob("*.json")] == ["ab2-1-guidance1.json"]
+    sample = ["sample", str(tmp_path / "model"), "--seeds", "0", "--steps", "1", "--out", str(tmp_path / "samples")]
+    assert main([*sample, "--guidance", "3"]) == 2
+    assert "the model was trained without classes" in capsys.readouterr().err
+    assert main(sample) == 0
+    assert json.loads((tmp_path / "samples" / "settings.json").read_text())["guidance_scale"] == 1
 
 
 def test_samples_have_the_classes_of_the_reference(model: Path, real: Path) -> None:

@@ -167,9 +167,18 @@ def test_metrics_against_whatever_the_training_accepts(tmp_path: Path, picture_f
     assert '"event": "evaluation"' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_metrics_that_cannot_be_had_stop_the_run_before_it_starts(tmp_path: Path, picture_folder: Path) -> None:
-    recipe = tiny_recipe(tmp_path / "run", picture_folder, evaluation={"every": 2, "metrics": ["fidd"]})
-    with pytest.raises(UserError, match="no metric 'fidd'"):
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"metrics": ["fidd"]}, "no metric 'fidd'"),
+        ({"reference_split": "test"}, "evaluation.reference_split: of which images"),
+    ],
+)
+def test_metrics_that_cannot_be_had_stop_the_run_before_it_starts(
+    evaluation: dict, message: str, tmp_path: Path, picture_folder: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, evaluation={"every": 2, **evaluation})
+    with pytest.raises(UserError, match=message):
         train(recipe, QUIET)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

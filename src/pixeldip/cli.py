@@ -293,13 +293,14 @@ class ConvertArguments:
     """Folder to write; DiPPipeline.from_pretrained and pixeldip sample read it."""
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights, which the authors sample from, or the raw ones."""
-    resolution: int | None = None
+    resolution: Positive | None = None
     """Training size in pixels; by default 16 patches a side. For PixNerd's fine-tune at 512 give 512."""
 
 
 def convert(arguments: list[str]) -> int:
     """Turn an authors' checkpoint into a model folder."""
     parsed = tyro.cli(ConvertArguments, prog="pixeldip convert", args=arguments)
+    check_flags(parsed)
     from .convert import convert_checkpoint
 
     convert_checkpoint(parsed.checkpoint, parsed.out, parsed.weights, parsed.resolution)

@@ -65,6 +65,7 @@ def run_demo(arguments: DemoArguments) -> int:
     outcome = train(recipe, console)
     if outcome.interrupted_by is not None:
         return 128 + outcome.interrupted_by
+    recipe.training.steps = outcome.step  # more than were asked for, if the run had done them before
     with console.status("sampling"):
         path = write_report(recipe, device, time.perf_counter() - began)
     minutes = (time.perf_counter() - began) / 60

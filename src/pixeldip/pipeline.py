@@ -307,6 +307,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         time_shift = own["time_shift"] if time_shift is None else time_shift
         if solver is None and is_default_scheduler(self.scheduler):
             solver = self.config.sampling.get("solver")
+        seeds = _whole_numbers(seeds)
         labels = self._labels(class_labels, seeds, generator)
         model, device = self.model, self._execution_device
         height, width = height or self.config.height, width or self.config.width
@@ -361,7 +362,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     def _labels(
         self,
         class_labels: Sequence[int | str] | int | str | None,
-        seeds: Sequence[int] | None,
+        seeds: list[int] | None,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> list[int]:
         """An id per image; as many images as labels, or as seeds or generators without classes."""
@@ -375,16 +376,29 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         if null_class == 0:
             if class_labels is not None:
                 raise UserError("the model was trained without classes: leave class_labels out and give seeds")
-            return [0] * next(iter(counts.values()), 1)
+            return _at_least_one([0] * next(iter(counts.values()), 1))
         if class_labels is None:
             raise UserError(f"give class_labels: the model has classes 0 to {null_class - 1}")
         if isinstance(class_labels, int | str):
             class_labels = [class_labels]
-        labels = [self.class_id(label) for label in class_labels]
+        labels = _at_least_one([self.class_id(label) for label in class_labels])
         for name, count in counts.items():
             if count != len(labels):
                 raise UserError(f"{len(labels)} class labels but {count} {name}: give one per image")
         return labels
+
+
+def _at_least_one(labels: list[int]) -> list[int]:
+    if not labels:
+        raise UserError("no image is asked for: give at least one class label, or seed")
+    return labels
+
+
+def _whole_numbers(seeds: Sequence[int] | None) -> list[int] | None:
+    try:
+        return None if seeds is None else [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise UserError(f"seeds {seeds!r}: give a list of whole numbers, one per image") from None
 
 
 def _check_peft() -> None:

@@ -119,13 +119,16 @@ class AlignmentSection:
     """Of the two hidden layers between tokens and encoder; trained, saved for resuming, not sampled with."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 @strict
 @dataclass
 class OptimizerSection:
     """AdamW."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: NonNegative = 200
     schedule: Literal["constant", "cosine"] = "cosine"

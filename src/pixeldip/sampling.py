@@ -1,6 +1,7 @@
 """Sampling many images: seeds dealt over classes, written as PNG files or as one `.npz`."""
 
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from .images import display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes
 from .provenance import made_by
-from .settings import SamplingSettings
+from .settings import SamplingFlags, SamplingSettings
 from .terminal import PlainConsole, image_progress
 
 GRID_LIMIT = 256
@@ -40,15 +41,15 @@ def parse_seeds(text: str, most: int = MOST_SEEDS) -> list[int]:
     runs = []
     try:
         for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            runs.append((int(first), int(last or first)))
+            first, dash, last = part.strip().partition("-")
+            runs.append((int(first), int(last if dash else first)))
     except ValueError:
         raise UserError(f"seeds {text!r}: expected numbers and ranges, for instance 0-15 or 3,7,20-29") from None
     if any(last > LARGEST_SEED for _, last in runs):
         raise UserError(f"seeds {text!r}: a seed is at most {LARGEST_SEED}")
-    count = sum(max(last - first + 1, 0) for first, last in runs)
-    if not count:
-        raise UserError(f"seeds {text!r}: the range is empty; write the smaller number first")
+    if any(last < first for first, last in runs):
+        raise UserError(f"seeds {text!r}: a range is empty; write the smaller number first")
+    count = sum(last - first + 1 for first, last in runs)
     if count > most:
         raise UserError(f"seeds {text!r}: {count:,} images, and {most:,} are the most here")
     return [seed for first, last in runs for seed in range(first, last + 1)]
@@ -184,6 +185,20 @@ class SampledImages:
         }
 
 
+def chosen_settings(flags: SamplingFlags, pipeline: DiPPipeline) -> SamplingSettings:
+    """What the flags say, and for the rest the model's own settings; without classes no guidance.
+
+    Raises:
+        UserError: if guidance is asked of a model without classes.
+    """
+    own = pipeline.default_settings
+    if not pipeline.model.config.num_classes:
+        if flags.guidance not in (None, 1):
+            raise UserError("--guidance: the model was trained without classes, there is nothing to guide to")
+        own = dataclasses.replace(own, guidance=1.0)
+    return flags.settings(own)
+
+
 def sample_command(arguments: Any) -> None:
     """What `pixeldip sample` does with its `SampleArguments`."""
     seeds = parse_seeds(arguments.seeds)
@@ -193,7 +208,7 @@ def sample_command(arguments: Any) -> None:
         pipeline = load_pipeline(arguments.model, processes.device, precision)
         images = SampledImages(
             pipeline,
-            arguments.settings(pipeline.default_settings),
+            chosen_settings(arguments, pipeline),
             seeds,
             arguments.classes,
             order_seed=None if in_turn and arguments.class_order_seed is None else arguments.class_order_seed or 0,

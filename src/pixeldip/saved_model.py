@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from .errors import UserError
 from .model import DiP
 from .run_folder import NETWORK
-from .settings import NonNegative, Positive, explained
+from .settings import NonNegative, Positive, Steps, explained
 
 INDEX, CONFIG = "model_index.json", "config.json"
 Side = Annotated[int, Field(ge=1, le=16_384)]
@@ -19,7 +19,7 @@ Depth = Annotated[int, Field(ge=1, le=1000)]
 
 
 class _Sampling(TypedDict, total=False):
-    num_inference_steps: Annotated[int, Field(ge=1, le=1000)]
+    num_inference_steps: Steps
     solver: str
     guidance_scale: float
     guidance_interval: tuple[float, float]

@@ -27,6 +27,7 @@ _LARGEST = 2**63 - 1
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Steps = Annotated[int, Field(ge=1, le=100_000)]
 
 
 _PIPELINE_ARGUMENTS = {
@@ -47,7 +48,7 @@ Solver = Literal["euler", "heun", "ab2", "ddim", "ancestral"]
 class SamplingSettings:
     """How images come from noise."""
 
-    steps: Positive = 50
+    steps: Steps = 50
     solver: Solver = "euler"
     guidance: float = 4.0
     """Classifier-free guidance scale; 1 is none."""
@@ -73,12 +74,13 @@ class SamplingSettings:
         return check_values(settings, lambda name: f"sampling settings: {name}")
 
 
+@strict
 @dataclass
 class SamplingFlags:
     """How images come from noise. What is left out is as the model was saved to be sampled; of a run, as its previews
     are."""
 
-    steps: Positive | None = None
+    steps: Steps | None = None
     solver: Solver | None = None
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none."""

@@ -74,8 +74,8 @@ def _keep_card(origin: Path, folder: Path, license: str | None) -> None:
         shutil.copyfile(origin / SAMPLES, folder / SAMPLES)
     card = ModelCard.load(origin / CARD)
     if license:
+        card.text = card.text.replace(LICENCE.format(card.data.license or NO_LICENCE), LICENCE.format(license))
         card.data.license = license
-        card.text = card.text.replace(LICENCE.format(NO_LICENCE), LICENCE.format(license))
     card.save(folder / CARD)
 
 

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..pipeline import DiPPipeline
 from ..run_folder import METRICS, names_a_model, resolve_model
 from ..sampling import load_pipeline
+from ..saved_model import INDEX
 
 KEPT = 2  # models in memory at once: what a comparison needs
 
@@ -26,7 +27,7 @@ class Models:
 
     def __init__(self, named: Sequence[str], folders: Sequence[Path], device: torch.device, precision: torch.dtype):
         self.named, self.folders, self.device, self.precision = tuple(named), tuple(folders), device, precision
-        self._loaded: dict[str, DiPPipeline] = {}
+        self._loaded: dict[tuple[str, int], DiPPipeline] = {}
         self._lock = threading.Lock()
         for name in self.named:
             resolve_model(name)
@@ -52,9 +53,11 @@ class Models:
         if name not in self.names():
             raise UserError(f"model {name!r}: not one of those offered here" if name else "choose a model first")
         where = resolve_model(name)
+        index = Path(where, INDEX)
+        version = where, index.stat().st_mtime_ns if index.is_file() else 0  # a saved folder may be saved to again
         with self._lock:
-            pipeline = self._loaded.pop(where, None) or load_pipeline(name, self.device, self.precision)
-            self._loaded[where] = pipeline  # last: the one used most recently
+            pipeline = self._loaded.pop(version, None) or load_pipeline(name, self.device, self.precision)
+            self._loaded[version] = pipeline  # last: the one used most recently
             while len(self._loaded) > KEPT:
                 del self._loaded[next(iter(self._loaded))]
         return pipeline

@@ -117,7 +117,7 @@ class TrainingImages(Dataset):
 
 def check_broken(broken: dict[int, str], source: Source, section: DataSection) -> None:
     """Raises UserError if the rows found broken so far are more than the recipe allows."""
-    if len(broken) > section.max_broken * len(source):
+    if len(broken) > min(section.max_broken * len(source), len(source) - 1):
         first = "\n  ".join(list(broken.values())[:5])
         raise UserError(
             f"data.source {section.source}: {len(broken)} of {len(source)} images cannot be read, more than "
@@ -174,6 +174,8 @@ class Batches(Iterator[Batch]):
         began = time.perf_counter()
         try:
             batch = next(self._batches)
+        except UserError as error:  # of a worker, with its stack trace before it
+            raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2]) from None
         except (ConnectionError, EOFError) as error:  # a worker is dying while it hands over a batch
             time.sleep(5)  # cut short by torch's own error, which would otherwise come in the middle of what follows
             raise RuntimeError("DataLoader worker (pid unknown) exited while it handed over a batch") from error

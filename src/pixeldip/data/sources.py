@@ -4,7 +4,8 @@ import contextlib
 import errno
 import glob
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,12 @@ from .transforms import BrokenImage, decode
 
 BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of shards that tell their split."""
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _LARGEST_FILE = 2**30
 """Bytes of an image file; 16-bit RGBA of the most pixels Pillow decodes has fewer."""
@@ -134,7 +141,7 @@ def class_count(section: DataSection) -> int | None:
     It shows in the folders of images, and in the schema of parquet files.
     """
     import datasets
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     if section.label_column == "none":
         return 0
@@ -150,7 +157,10 @@ def class_count(section: DataSection) -> int | None:
         return len(names) if len(names) > 1 else 0
     if builder == "parquet":
         files = next(iter(arguments["data_files"].values()))
-        schema = parquet.read_schema(glob.glob(files if isinstance(files, str) else files[0])[0])
+        try:
+            schema = parquet.read_schema(glob.glob(files if isinstance(files, str) else files[0])[0])
+        except (OSError, ArrowException) as error:
+            raise UserError(f"data.source {section.source}: {_first_line(error)}") from error
         features = datasets.Features.from_arrow_schema(schema)
         column = section.label_column or _class_column(features)
         if column is None:
@@ -182,20 +192,24 @@ def _builder(source: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
                 has_images |= _is_image(name)
                 if suffix in shards:
                     shards[suffix].append(os.path.join(folder, name))
-        for suffix, builder in BUILDERS.items():
-            if shards[suffix]:
-                return builder, {"data_files": {"train": [glob.escape(shard) for shard in sorted(shards[suffix])]}}, []
-        if not has_images:
+        kinds = [suffix for suffix in BUILDERS if shards[suffix]] + ["pictures"] * has_images
+        if not kinds:
             raise UserError(f"data.source {source}: no image, .parquet or .tar files in this folder")
+        if len(kinds) > 1:
+            raise UserError(f"data.source {source}: holds {' and '.join(kinds)}; give a folder that holds one kind")
+        (kind,) = kinds
+        if kind in BUILDERS:
+            by_split = _by_split({os.path.relpath(shard, path): glob.escape(shard) for shard in shards[kind]}, split)
+            return BUILDERS[kind], {"data_files": by_split}, []
         return "imagefolder", *_image_folder(path, split)
     if "://" in source:
-        return *_remote(source), []
+        return *_remote(source, split), []
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/"):
         return source, {}, []
     raise UserError(f"data.source {source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
 
 
-def _remote(source: str) -> tuple[str, dict[str, Any]]:
+def _remote(source: str, split: str) -> tuple[str, dict[str, Any]]:
     """Shards at an address that fsspec knows, for instance in an object store. They are copied into the local cache."""
     import fsspec
 
@@ -206,10 +220,27 @@ def _remote(source: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"data.source {source}: {_first_line(error)}") from None
     except Exception as error:  # each store's client raises its own kinds
         raise UserError(f"data.source {source}: cannot be reached ({_first_line(error)})") from error
+    base = filesystem.unstrip_protocol(path)
     for suffix, builder in BUILDERS.items():
-        if shards := [file for file in files if file.lower().endswith(suffix)]:
-            return builder, {"data_files": {"train": shards}}
+        if shards := {file.removeprefix(base): file for file in files if file.lower().endswith(suffix)}:
+            return builder, {"data_files": _by_split(shards, split)}
     raise UserError(f"data.source {source}: no .parquet or .tar files there")
+
+
+def _by_split(shards: Mapping[str, str], split: str) -> dict[str, list[str]]:
+    """The shards of a split, or of all of them if it is none of those.
+
+    As on the hub, the name of a file or of a folder tells its split; one that tells none is of "train".
+
+    Args:
+        shards: what each is opened by, by its path below the source.
+    """
+    found: dict[str, list[str]] = {}
+    for path, shard in sorted(shards.items()):
+        words = reversed(re.split("[^a-z]+", path.lower()))  # a file's own before its folders'
+        named = (name for word in words for name, spellings in SPLITS.items() if word in spellings)
+        found.setdefault(next(named, "train"), []).append(shard)
+    return {split: found[split]} if split in found else found
 
 
 def _walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:

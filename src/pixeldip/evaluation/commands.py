@@ -1,5 +1,6 @@
 """What `pixeldip evaluate` and `pixeldip evaluate reference` do with their arguments."""
 
+from dataclasses import fields
 from typing import Any
 
 from ..data import NpzFile
@@ -7,12 +8,16 @@ from ..errors import UserError
 from ..files import check_writable
 from ..processes import choose_precision, keep_freed_memory, start_processes
 from ..run_folder import names_a_model
-from ..sampling import SampledImages, image_writer, load_pipeline
+from ..sampling import SampledImages, chosen_settings, image_writer, load_pipeline
+from ..settings import SamplingFlags
 from ..terminal import PlainConsole, image_progress, warn
 from .extractors import load_together
 from .image_sets import open_images
 from .reference import write_reference
 from .run import evaluate
+
+_OF_A_MODEL = ("images", "classes", "save_images", "precision", *(field.name for field in fields(SamplingFlags)))
+"""Flags that mean nothing where images are read."""
 
 
 def evaluate_command(arguments: Any) -> None:
@@ -27,15 +32,18 @@ def evaluate_command(arguments: Any) -> None:
             pipeline = load_pipeline(arguments.samples, processes.device, precision)
             samples = SampledImages(
                 pipeline,
-                arguments.settings(pipeline.default_settings),
+                chosen_settings(arguments, pipeline),
                 range(arguments.images),
                 arguments.classes,
                 order_seed=0,
                 name=arguments.samples,
             )
             writer = image_writer(samples, arguments.save_images) if arguments.save_images else None
-        elif arguments.save_images:
-            raise UserError(f"--save-images keeps the samples of a model; {arguments.samples} is none")
+        elif given := [
+            f.name for f in fields(arguments) if f.name in _OF_A_MODEL and f.default != getattr(arguments, f.name)
+        ]:
+            flag = given[0].replace("_", "-")
+            raise UserError(f"--{flag} is of the samples of a model; {arguments.samples} holds images: leave it out")
         evaluation = evaluate(samples, arguments, processes, writer)
         if arguments.out and processes.is_main:
             evaluation.save(arguments.out)
@@ -48,6 +56,8 @@ def reference_command(arguments: Any) -> None:
         console = PlainConsole(quiet=not processes.is_main)
         processes.on_main(lambda: check_writable(arguments.out))
         if arguments.data.endswith(".npz"):
+            if arguments.resolution or arguments.split != "train":
+                raise UserError(f"{arguments.data}: is measured as it is; leave out --resolution and --split")
             file = NpzFile(arguments.data)
             processes.on_main(file.verify)
             images = file.images()

@@ -7,6 +7,7 @@ the time and state it reached; a tensor it returns takes the state's place.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,10 +28,10 @@ def time_grid(steps: int, shift: float = 1.0, objective: VelocityObjective | Non
     They begin at 0 unless the path of the objective begins later.
 
     Raises:
-        UserError: unless steps >= 1 and shift > 0.
+        UserError: unless steps is a whole number of at least 1 and shift > 0.
     """
-    if steps < 1:
-        raise UserError(f"steps={steps}: at least one step is needed")
+    if not isinstance(steps, numbers.Integral) or steps < 1:
+        raise UserError(f"steps={steps}: at least one step is needed, and a whole number")
     if not shift > 0:
         raise UserError(f"time shift {shift}: must be above 0 (1 leaves the times as they are)")
     r = shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)

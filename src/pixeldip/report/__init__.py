@@ -94,7 +94,6 @@ def demo_page(
         loss=loss_curve(metrics),
         run=recipe.out,
         classes=len(rows),
-        minutes=f"{seconds / 60:.0f}",
     )
 
 

@@ -21,6 +21,10 @@ COMPARED = ("data", "split", "held_out", "held_out_split", "reference", "contend
 """Flags of the studies that compare on a set of images; overfit has none."""
 OVERFITTED = ("image", "resolution")
 """Flags of overfit alone."""
+MEASURED = ("reference", "images")
+"""Flags about samples, of which features measures none."""
+FOREIGN = {OVERFIT.name: COMPARED, FEATURES.name: OVERFITTED + MEASURED}
+"""Flags that mean nothing to a study; to the others, those of overfit."""
 
 
 def study_command(arguments: Any) -> int:
@@ -33,7 +37,7 @@ def study_command(arguments: Any) -> int:
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, n=1)
         raise UserError(f"no study {name!r}; " + (f"perhaps {near[0]}" if near else f"there are {', '.join(STUDIES)}"))
-    foreign = COMPARED if name == OVERFIT.name else OVERFITTED
+    foreign = FOREIGN.get(name, OVERFITTED)
     given = [f.name for f in dataclasses.fields(arguments) if getattr(arguments, f.name) != f.default]
     for flag in filter(foreign.__contains__, given):
         raise UserError(f"--{flag.replace('_', '-')} means nothing to the {name} study; leave it out")

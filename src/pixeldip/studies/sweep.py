@@ -24,7 +24,22 @@ from .folder import claim, write_result
 from .sweep_report import SHOWN, result_file, write_sweep_report
 from .sweep_settings import Setting, combinations
 
-ASKED = ("model", "reference", "reference_split", "label_column", "images", "metrics", "train_images", "train_split")
+ASKED = (
+    "model",
+    "reference",
+    "reference_split",
+    "label_column",
+    "images",
+    "metrics",
+    "train_images",
+    "train_split",
+    "inception_weights",
+    "dinov2",
+    "pr_distance",
+    "is_split",
+    "is_order",
+    "allow_resolution_mismatch",
+)
 """Arguments that must be the same for all that one folder holds."""
 
 
@@ -64,7 +79,13 @@ def sweep_command(arguments: Any) -> int:
         )
         if "nearest" in options.metrics and not options.train_images:
             raise UserError("nearest measures the distance to the training images: name them, --train-images")
-        facts = {name: getattr(arguments, name) for name in ASKED} | {"weights": weights_sha256(pipeline.model)}
+        if not pipeline.model.config.num_classes:  # there is nothing to guide to
+            settings = combinations(dataclasses.replace(arguments, guidance=(1.0,)))
+        asked = {name: getattr(arguments, name) for name in ASKED}
+        facts = asked | {
+            "inception_weights": asked["inception_weights"] and str(asked["inception_weights"]),
+            "weights": weights_sha256(pipeline.model),
+        }
         missing = [s for s in settings if not processes.on_main(lambda s=s: result_file(arguments.out, s).is_file())]
         evaluator = Evaluator(options, *size, processes, console, real) if missing else None
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))

@@ -170,9 +170,10 @@ def _lines(rows: Sequence[Row], over: str) -> dict[str, list[Row]]:
     for row in guided:
         name = ", ".join(_in_legend(row.setting, field) for field in told)
         lines.setdefault(name, []).append(row)
-    for line in lines.values():
+    for line in lines.values() if over == "guidance" else ():
         like = dataclasses.replace(line[0].setting, guidance=1.0, interval=(0.0, 1.0))
         line += [row for row in rows if row not in line and row.setting == like]
+    for line in lines.values():
         line.sort(key=lambda row: getattr(row.setting, over))
     return lines
 

@@ -59,9 +59,19 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
             check_interval(getattr(recipe, name).guidance_interval)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+    named = {"reference_split": recipe.evaluation.reference, "train_split": recipe.evaluation.train_images}
+    for name, source in named.items():
+        if not source and getattr(recipe.evaluation, name) != "train":
+            of = "reference" if name == "reference_split" else "train_images"
+            raise UserError(
+                f"evaluation.{name}: of which images? Name them, evaluation.{of}; without it those that are trained on "
+                "stand in"
+            )
     for tracker in recipe.logging.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UserError(f"logging.trackers: {tracker} is not installed; pip install 'pixeldip[{tracker}]'")
+    if recipe.model.lora_alpha and not recipe.model.lora_rank:
+        raise UserError("model.lora_alpha: there are no adapters without a rank; give model.lora_rank, too")
     if recipe.model.lora_rank and not recipe.model.pretrained:
         raise UserError("model.lora_rank: adapters need a trained model; name it with model.pretrained")
     if recipe.model.lora_rank and recipe.alignment.weight:

@@ -31,8 +31,8 @@ def preview_classes(images: int, num_classes: int) -> tuple[int, list[int] | Non
 
 
 def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], preview: PreviewSection) -> None:
-    """Writes `previews/step-….png`: the classes in order, or some of them, evenly, where there are more of them than
-    images; a square of images where there are none."""
+    """Writes `previews/step-….png`: the classes in order, or some of them, evenly, if not all have room in rows of
+    equal length; a square of images where there are none."""
     sampler = DiPPipeline(model, **pipeline)
     sampler.set_progress_bar_config(disable=True)
     columns, labels = preview_classes(preview.images, model.config.num_classes)

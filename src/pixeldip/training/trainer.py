@@ -172,6 +172,7 @@ def _loop(
                 for every in (training.log_every, training.save_every, recipe.preview.every, recipe.evaluation.every)
             )
             stops = processes.any(bool(caught)) if logs or processes.world_size == 1 else False
+            stops &= done < training.steps  # after the last one the run is complete
             if logs or saves or stops:
                 diverged = watch.look()
                 if progress:
