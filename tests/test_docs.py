@@ -15,6 +15,7 @@ from pixeldip.bench import timing
 from pixeldip.cli import COMMANDS, main
 from pixeldip.model import HEADS, PLACEMENTS
 from pixeldip.recipe import parse_recipe
+from pixeldip.run_folder import names_a_model
 from pixeldip.studies import STUDIES
 from pixeldip.training import train
 
@@ -61,9 +62,10 @@ def small_flags(arguments: list[str], inception: Path) -> list[str]:
         two = [contender.name for contender in STUDIES[flags[0]].contenders("laptop")][:2]
         more = ["--contenders", *two] if len(two) == 2 else []
         more += ["--held-out-split", "train"] if "--held-out" in flags else []
-        return ["--steps", "2", "--seeds", "1", "--images", "4", *more]
+        more += ["--images", "4"] if flags[0] != "features" else []
+        return ["--steps", "2", "--seeds", "1", *more]
     if command == "evaluate":
-        more = ["--images", "8"]
+        more = ["--images", "8"] if flags[0] == "reference" or names_a_model(flags[0]) else []
         if flags[0] != "reference":
             more += ["--allow-resolution-mismatch", "--no-cache"]
         return [*more, "--inception-weights", str(inception)]
