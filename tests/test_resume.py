@@ -15,8 +15,8 @@ import pytest
 
 from pixeldip import UserError
 from pixeldip.recipe import parse_recipe, recipe_values, save_recipe
-from pixeldip.run_folder import read_metrics
-from pixeldip.training import train
+from pixeldip.run_folder import read_evaluations, read_metrics
+from pixeldip.training import learner, train
 from pixeldip.training.preparation import check_resume
 
 from .conftest import PATIENCE, QUIET, assert_same_state, newest_step, tiny_recipe
@@ -73,6 +73,23 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     recipe.training.steps = stopped + 2
     assert train(recipe, QUIET).step == stopped + 2
     assert [e["step"] for e in read_metrics(tmp_path / "run")] == list(range(1, stopped + 3))
+
+
+def test_a_signal_in_the_last_step_leaves_nothing_out(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, steps = learner.draw, iter(range(1, 7))
+
+    def signalled(*arguments: object) -> tuple:
+        if next(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*arguments)
+
+    monkeypatch.setattr(learner, "draw", signalled)
+    evaluation = {"every": 6, "images": 4, "steps": 1, "metrics": ["boundary"]}
+    outcome = train(tiny_recipe(tmp_path / "run", picture_folder, evaluation=evaluation), QUIET)
+    assert (outcome.step, outcome.interrupted_by) == (6, None)
+    assert [entry["step"] for entry in read_evaluations(tmp_path / "run")] == [6]
 
 
 def test_a_checkpoint_half_written_is_not_there(tmp_path: Path, picture_folder: Path) -> None:
