@@ -85,7 +85,7 @@ def export_model(
     with console.status("checking"):
         errors = {name: difference(velocity, model, height, width) for name, velocity in written.items()}
     for name, error in errors.items():
-        if not error <= TOLERANCE:  # as no number is not
+        if not error <= TOLERANCE:  # nor is NaN
             raise UserError(f"{out / name}: differs from the model by {error:.2g} of its largest value; do not use it")
     record = {
         **made_by(),

@@ -27,6 +27,8 @@ from .settings import (
     where_and_why,
 )
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 @strict
 @dataclass
@@ -117,9 +119,6 @@ class AlignmentSection:
     """A vision transformer of the transformers library: hub id or folder."""
     projector_width: Positive = 2048
     """Of the two hidden layers between tokens and encoder; trained, saved for resuming, not sampled with."""
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @strict

@@ -228,9 +228,9 @@ def _remote(source: str, split: str) -> tuple[str, dict[str, Any]]:
 
 
 def _by_split(shards: Mapping[str, str], split: str) -> dict[str, list[str]]:
-    """The shards of a split, or of all of them if it is none of those.
+    """The shards of the split asked for; those of each, for `datasets` to say what there is, if it is none of them.
 
-    As on the hub, the name of a file or of a folder tells its split; one that tells none is of "train".
+    As on the hub, the name of a file or of its folder tells the split. A shard whose names tell none is of "train".
 
     Args:
         shards: what each is opened by, by its path below the source.
