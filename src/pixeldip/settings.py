@@ -5,7 +5,7 @@ This module imports no torch, so that every command's --help answers at once.
 
 import dataclasses
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -156,6 +156,20 @@ def check_flags(arguments: Any) -> None:
         UserError: naming the flags.
     """
     check_values(arguments, lambda name: f"--{name.replace('_', '-')}")
+
+
+def refuse_flags(arguments: Any, foreign: Collection[str], why: str) -> None:
+    """Refuses those of a command's arguments, a dataclass, that mean nothing to what it is to do.
+
+    Args:
+        why: the rest of the sentence that begins with the flag.
+
+    Raises:
+        UserError: naming the first of them that differs from its default.
+    """
+    for field in dataclasses.fields(arguments):
+        if field.name in foreign and getattr(arguments, field.name) != field.default:
+            raise UserError(f"--{field.name.replace('_', '-')} {why}")
 
 
 def check_values(settings: Any, spelling: Callable[[str], str]) -> Any:

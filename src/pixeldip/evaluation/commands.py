@@ -9,7 +9,7 @@ from ..files import check_writable
 from ..processes import choose_precision, keep_freed_memory, start_processes
 from ..run_folder import names_a_model
 from ..sampling import SampledImages, chosen_settings, image_writer, load_pipeline
-from ..settings import SamplingFlags
+from ..settings import SamplingFlags, refuse_flags
 from ..terminal import PlainConsole, image_progress, warn
 from .extractors import load_together
 from .image_sets import open_images
@@ -39,11 +39,9 @@ def evaluate_command(arguments: Any) -> None:
                 name=arguments.samples,
             )
             writer = image_writer(samples, arguments.save_images) if arguments.save_images else None
-        elif given := [
-            f.name for f in fields(arguments) if f.name in _OF_A_MODEL and f.default != getattr(arguments, f.name)
-        ]:
-            flag = given[0].replace("_", "-")
-            raise UserError(f"--{flag} is of the samples of a model; {arguments.samples} holds images: leave it out")
+        else:
+            why = f"is of the samples of a model; {arguments.samples} holds images: leave it out"
+            refuse_flags(arguments, _OF_A_MODEL, why)
         evaluation = evaluate(samples, arguments, processes, writer)
         if arguments.out and processes.is_main:
             evaluation.save(arguments.out)

@@ -1,12 +1,12 @@
 """What `pixeldip study` does with its arguments."""
 
-import dataclasses
 import difflib
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..processes import keep_freed_memory
+from ..settings import refuse_flags
 from ..terminal import PlainConsole
 from .comparison import Comparison, ComparisonOptions, measure_contender, prepare_measures, run_comparison
 from .comparison_report import write_report
@@ -37,10 +37,7 @@ def study_command(arguments: Any) -> int:
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, n=1)
         raise UserError(f"no study {name!r}; " + (f"perhaps {near[0]}" if near else f"there are {', '.join(STUDIES)}"))
-    foreign = FOREIGN.get(name, OVERFITTED)
-    given = [f.name for f in dataclasses.fields(arguments) if getattr(arguments, f.name) != f.default]
-    for flag in filter(foreign.__contains__, given):
-        raise UserError(f"--{flag.replace('_', '-')} means nothing to the {name} study; leave it out")
+    refuse_flags(arguments, FOREIGN.get(name, OVERFITTED), f"means nothing to the {name} study; leave it out")
     keep_freed_memory()
     out = arguments.out or Path("runs") / f"study-{name}-{arguments.scale}"
     console = PlainConsole()

@@ -81,11 +81,9 @@ def sweep_command(arguments: Any) -> int:
             raise UserError("nearest measures the distance to the training images: name them, --train-images")
         if not pipeline.model.config.num_classes:  # there is nothing to guide to
             settings = combinations(dataclasses.replace(arguments, guidance=(1.0,)))
-        asked = {name: getattr(arguments, name) for name in ASKED}
-        facts = asked | {
-            "inception_weights": asked["inception_weights"] and str(asked["inception_weights"]),
-            "weights": weights_sha256(pipeline.model),
-        }
+        asked = ((name, getattr(arguments, name)) for name in ASKED)
+        facts = {name: str(value) if isinstance(value, Path) else value for name, value in asked}
+        facts["weights"] = weights_sha256(pipeline.model)
         missing = [s for s in settings if not processes.on_main(lambda s=s: result_file(arguments.out, s).is_file())]
         evaluator = Evaluator(options, *size, processes, console, real) if missing else None
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))

@@ -59,13 +59,11 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
             check_interval(getattr(recipe, name).guidance_interval)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    named = {"reference_split": recipe.evaluation.reference, "train_split": recipe.evaluation.train_images}
-    for name, source in named.items():
-        if not source and getattr(recipe.evaluation, name) != "train":
-            of = "reference" if name == "reference_split" else "train_images"
+    for split, source in (("reference_split", "reference"), ("train_split", "train_images")):
+        if getattr(recipe.evaluation, split) != "train" and not getattr(recipe.evaluation, source):
             raise UserError(
-                f"evaluation.{name}: of which images? Name them, evaluation.{of}; without it those that are trained on "
-                "stand in"
+                f"evaluation.{split}: of which images? Name them, evaluation.{source}; without it those that are "
+                "trained on stand in"
             )
     for tracker in recipe.logging.trackers:
         if importlib.util.find_spec(tracker) is None:

@@ -20,14 +20,10 @@ GAP = 2
 def preview_classes(images: int, num_classes: int) -> tuple[int, list[int] | None]:
     """The pictures in a row, and each picture's class: those of a class in one row, of few images of many classes
     several classes beside each other, so that the sheet is no strip."""
-    if not 0 < num_classes < images:
-        columns = math.isqrt(images)
-        rows = math.ceil(images / columns)
-        return columns, [i // columns * num_classes // rows for i in range(images)] if num_classes else None
-    of_each = math.ceil(images / num_classes)
+    of_each = math.ceil(images / num_classes) if 0 < num_classes < images else math.isqrt(images)
     shown = math.ceil(images / of_each)
-    beside = max(1, math.isqrt(shown // of_each))
-    return of_each * beside, [i // of_each * num_classes // shown for i in range(images)]
+    beside = max(1, math.isqrt(shown // of_each))  # 1 wherever the sheet is a square already
+    return of_each * beside, [i // of_each * num_classes // shown for i in range(images)] if num_classes else None
 
 
 def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], preview: PreviewSection) -> None:
