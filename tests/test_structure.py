@@ -21,6 +21,7 @@ ORDER = [
     "model",
     "saved_model",
     "sharing",
+    "replay",
     "pipeline",
     "data",
     "sampling",

@@ -23,6 +23,7 @@ from .errors import UserError
 from .flow import (
     SOLVERS,
     SampleNoise,
+    VelocityNetwork,
     check_flow_scheduler,
     follow_scheduler,
     guided_velocity,
@@ -34,6 +35,7 @@ from .flow import (
 )
 from .images import to_pil
 from .model import DiP, check_size
+from .replay import ReplayedNetwork
 from .run_folder import resolve_model
 from .saved_model import check_saved_model
 from .settings import SamplingSettings
@@ -81,6 +83,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     """
 
     _origin: Path | None = None
+    _replayed: ReplayedNetwork | None = None
     model_cpu_offload_seq = "model"
     _optional_components = ["scheduler"]
     _lora_loadable_modules = ["model"]
@@ -322,7 +325,6 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         random = SampleNoise(seeds, generator, len(labels), shape, device)
         null_class = model.config.num_classes
         scale = guidance_scale if null_class else 1.0
-        velocity = guided_velocity(model, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
         if solver is None:
             check_flow_scheduler(self.scheduler)
             times = set_times(self.scheduler, steps, time_shift, model.objective, device)
@@ -333,6 +335,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             solve = functools.partial(SOLVERS[solver], **fresh)
         else:
             raise UserError(f"solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+        network = self._network(times)
+        velocity = guided_velocity(network, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(times) - 1, False
         x = start_state(random.start, times)
         trajectory = [(times[0], x.cpu())] if trajectory_every else []
@@ -358,6 +362,37 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         self.maybe_free_model_hooks()
         images = _put_out(x, output_type)
         return DiPPipelineOutput(images, trajectory or None) if return_dict else (images, trajectory or None)
+
+    def enable_cuda_graphs(self) -> None:
+        """From now on calls record what the device does for one evaluation, and replay it for the others.
+
+        That spares the CPU, which takes longer than the GPU where images are few, and the modulation layers, which are
+        computed for all steps at once. Images are the same up to rounding. Weights may change between calls, but
+        not by a fused optimizer, which leaves no trace, and adapters must stay as they are: enable it again after
+        such a change. It does not go with offloading.
+
+        Raises:
+            UserError: if the model is not on a CUDA device.
+        """
+        if self.model.device.type != "cuda":
+            raise UserError(
+                f"CUDA graphs: the model is on the {self.model.device.type} device; move the pipeline to a CUDA "
+                "device first, without offloading"
+            )
+        self._replayed = ReplayedNetwork(self.model)
+
+    def disable_cuda_graphs(self) -> None:
+        """Every evaluation is computed anew again."""
+        self._replayed = None
+
+    def _network(self, times: Sequence[float]) -> VelocityNetwork | ReplayedNetwork:
+        """What a solver at these times calls."""
+        if self._replayed is None:
+            return self.model
+        if self._replayed.model is not self.model:
+            self._replayed = ReplayedNetwork(self.model)
+        self._replayed.begin(times)
+        return self._replayed
 
     def _labels(
         self,

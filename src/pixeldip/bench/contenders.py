@@ -1,6 +1,8 @@
 """What takes turns in a benchmark, and the row of figures each makes."""
 
-from collections.abc import Mapping
+import dataclasses
+import gc
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,29 +17,47 @@ class Contender:
     """A step to time.
 
     Args:
+        batch: images in a step.
         images: how many images a step finishes; a sampling step finishes a part of them.
         precision: of the products, and of the weights as a sampling step reads them.
-        counted: the same step as plain eager code, for those whose FLOPs cannot be counted.
+        counted: makes the same step as plain eager code, of so many images, where the FLOPs of the step itself cannot
+            be counted.
     """
 
     step: Step
+    batch: int
     images: float
     precision: torch.dtype
     parameters: int
-    counted: Step | None = None
+    counted: Callable[[int], Step] | None = None
+
+    def flops(self) -> int:
+        """Of a step. Where one and two images are counted, it is what every further image takes that counts."""
+        if self.counted is None:
+            return count_flops(self.step)
+        one = _count_again(self.counted(1))
+        return one if self.batch == 1 else one + (self.batch - 1) * (_count_again(self.counted(2)) - one)
+
+
+def _count_again(step: Step) -> int:
+    """FLOPs without what a first call computes once and for all."""
+    step()
+    return count_flops(step)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """rows: figures by contender's name; seconds: of each in each round; ceilings: by precision's name."""
+    """rows: figures by contender's name; seconds: of each in each round; ceilings: by precision's name; too_large: who
+    did not fit in the device's memory."""
 
     rows: dict[str, dict[str, float]]
     seconds: dict[str, list[float]]
     ceilings: dict[str, dict[str, float]]
+    too_large: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """The part that all benchmarks' JSON lines have."""
-        return {"steps": self.rows, "ceilings": self.ceilings}
+        return {"steps": self.rows, "ceilings": self.ceilings, "too_large": list(self.too_large)}
 
     def ratios(self) -> dict[str, float]:
         """Of every other row to the fastest of ours, within rounds."""
@@ -57,9 +77,7 @@ def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.devi
     ceilings = {precision: Ceilings.measure(device, precision) for precision in precisions}
     rows = {}
     for name, contender in contenders.items():
-        if contender.counted:
-            contender.counted()  # what a first call computes once and for all is not counted
-        times, flops = Times.of(seconds[name]), count_flops(contender.counted or contender.step)
+        times, flops = Times.of(seconds[name]), contender.flops()
         weight_bytes = contender.parameters * contender.precision.itemsize
         floor = ceilings[contender.precision].floor(flops, weight_bytes)
         rows[name] = {
@@ -76,3 +94,21 @@ def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.devi
         for precision, c in ceilings.items()
     }
     return Comparison(rows, seconds, limits)
+
+
+def compare_alone(makers: Mapping[str, Callable[[], Contender]], rounds: int, device: torch.device) -> Comparison:
+    """As `compare`, one after another, each alone in the device's memory: for a GPU, whose pace hardly drifts, and
+    contenders that fill it. One that does not fit is left out."""
+    whole, too_large = Comparison({}, {}, {}), []
+    for name, make in makers.items():
+        try:
+            part = compare({name: make()}, rounds, device)
+        except torch.OutOfMemoryError:
+            too_large.append(name)
+        else:
+            whole.rows.update(part.rows)
+            whole.seconds.update(part.seconds)
+            whole.ceilings.update(part.ceilings)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return dataclasses.replace(whole, too_large=tuple(too_large))

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..flow import guided_velocity
 from ..model import DiP
 from ..processes import autocast
+from ..replay import ReplayedNetwork
 from .contenders import Contender, compare
 from .heads import other_heads
 from .latent import STEPS as LATENT_STEPS
@@ -35,7 +36,7 @@ def bench_latency(
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
     Args:
-        compiled: also with compiled blocks.
+        compiled: also with compiled blocks. On a CUDA device each also replayed from graphs, as the commands do.
         heads: also each other head, and no head, in bf16.
         latent: also DiT-XL/2 with its VAE, in bf16.
 
@@ -54,8 +55,8 @@ def bench_latency(
     if latent:
         other = LatentModel(size, batch, device, torch.bfloat16)
         images = batch / LATENT_STEPS
-        contenders[DIT] = Contender(other.step(), images, torch.bfloat16, other.transformer.num_parameters())
-        contenders[VAE] = Contender(other.decode(), batch, torch.bfloat16, other.vae.num_parameters())
+        contenders[DIT] = Contender(other.step(), batch, images, torch.bfloat16, other.transformer.num_parameters())
+        contenders[VAE] = Contender(other.decode(), batch, batch, torch.bfloat16, other.vae.num_parameters())
     comparison = compare(contenders, rounds, device)
     images = _whole_images(comparison.rows)
     return {**comparison.record(), "images": images, "ratios": comparison.ratios(), "errors": errors}
@@ -67,15 +68,30 @@ def noise_and_labels(model: DiP, size: tuple[int, int], batch: int, device: torc
     return x, torch.zeros(batch, dtype=torch.long, device=device)
 
 
-def sampling_contender(network: DiP, x: Tensor, y: Tensor, counted: Step | None = None) -> Contender:
-    """A guided Euler step of a network in evaluation mode, one of the `STEPS` of its images."""
-    velocity = guided_velocity(network, y, network.config.num_classes, GUIDANCE)
+def sampling_contender(
+    network: DiP, x: Tensor, y: Tensor, replayed: bool = False, counted: DiP | None = None
+) -> Contender:
+    """A guided Euler step of a network in evaluation mode, one of the `STEPS` of its images.
+
+    Args:
+        replayed: from a CUDA graph, with the modulation of all steps computed ahead.
+        counted: the same network in plain eager code, if this one's FLOPs cannot be counted.
+    """
+    called: DiP | ReplayedNetwork = network
+    if replayed:
+        called = ReplayedNetwork(network)
+        called.begin([TIME + DT * step for step in range(STEPS)])
+    velocity = guided_velocity(called, y, network.config.num_classes, GUIDANCE)
 
     @torch.no_grad()
     def step() -> Tensor:
         return x + DT * velocity(x, TIME, TIME)
 
-    return Contender(step, len(x) / STEPS, network.dtype, network.num_parameters(), counted)
+    def plain(images: int) -> Step:
+        return sampling_contender(counted, x[:1].expand(images, -1, -1, -1), y[:1].expand(images)).step
+
+    eager = plain if counted else None
+    return Contender(step, len(x), len(x) / STEPS, network.dtype, network.num_parameters(), eager)
 
 
 def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, Contender]:
@@ -84,14 +100,17 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, C
         release, null_class = ReleaseDiP(model).to(x.device), model.config.num_classes
         for name, precision in {"release, fp32": torch.float32, "release, autocast": torch.bfloat16}.items():
             step = _release_step(release, x, y, null_class, precision)
-            contenders[name] = Contender(step, len(x) / STEPS, precision, model.num_parameters())
+            contenders[name] = Contender(step, len(x), len(x) / STEPS, precision, model.num_parameters())
     half = copy.deepcopy(model).type(torch.bfloat16)
     contenders["ours, fp32"] = sampling_contender(model, x, y)
-    contenders["ours, bf16"] = eager = sampling_contender(half, x, y)
+    networks = {"ours, bf16": half}
     if compiled:
-        blocks = copy.deepcopy(half)
+        networks["ours, bf16, compiled"] = blocks = copy.deepcopy(half)
         blocks.compile_repeated_blocks(dynamic=False)
-        contenders["ours, bf16, compiled"] = sampling_contender(blocks, x, y, counted=eager.step)
+    for name, network in networks.items():
+        contenders[name] = sampling_contender(network, x, y, counted=half)
+        if x.device.type == "cuda":
+            contenders[f"{name}, graphs"] = sampling_contender(network, x, y, replayed=True, counted=half)
     return contenders
 
 

@@ -1,7 +1,6 @@
 """Images per second against the batch size, sampling and training."""
 
 import copy
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ def bench_throughput(
     """Guided Euler steps with bf16 weights, 100 to an image, and training steps, for each batch size.
 
     Args:
-        compiled: with compiled blocks.
+        compiled: with compiled blocks. On a CUDA device sampling is replayed from graphs, as the commands do.
 
     Returns:
         "steps" and "ceilings" as `compare` makes them; "series": by what was done, [batch, images/s] pairs. On a GPU
@@ -33,18 +32,16 @@ def bench_throughput(
     """
     half = copy.deepcopy(model).eval().requires_grad_(False).to(device).type(torch.bfloat16)
     trainer = TrainingStep(model.to(device), precision)
-    eager, eager_trainer = None, None
+    eager, plain = copy.deepcopy(half), copy.deepcopy(model)
     if compiled:
-        eager, eager_trainer = copy.deepcopy(half), TrainingStep(copy.deepcopy(model), precision)
         half.compile_repeated_blocks(dynamic=False)
         model.compile_repeated_blocks(dynamic=False)
     contenders: dict[str, Contender] = {}
     for batch in batches:
         x, y = noise_and_labels(model, size, batch, device)
-        counted = sampling_contender(eager, x, y).step if eager else None
-        contenders[f"sampling, {batch}"] = sampling_contender(half, x, y, counted)
-        counted = functools.partial(eager_trainer, x, y) if eager_trainer else None
-        contenders[f"training, {batch}"] = trainer.contender(x, y, counted)
+        replayed = device.type == "cuda"
+        contenders[f"sampling, {batch}"] = sampling_contender(half, x, y, replayed, counted=eager)
+        contenders[f"training, {batch}"] = trainer.contender(x, y, counted=plain)
     comparison = compare(contenders, rounds, device)
     series = {
         done: [[batch, comparison.rows[f"{done}, {batch}"]["images_per_second"]] for batch in batches]

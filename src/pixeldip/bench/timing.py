@@ -1,5 +1,6 @@
 """Times that can be believed: contenders take turns on a warm machine, with clocks that wait for the device."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], object]
 WARM_UP = 2
+LEAST_SECONDS = 0.05
+"""Of a turn on a CUDA device: shorter steps are repeated in it, as they are in use, where nobody waits between them."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,25 @@ def take_turns(steps: Mapping[str, Step], rounds: int, device: torch.device) -> 
 
     Each step runs twice before the first round, which compiles it and warms it up.
     """
-    for step in steps.values():
+    repeats = {}
+    for name, step in steps.items():
         for _ in range(WARM_UP):
             step()
+        repeats[name] = math.ceil(LEAST_SECONDS / _seconds(step, 1, device)) if device.type == "cuda" else 1
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            synchronise(device)
-            began = time.perf_counter()
-            step()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(_seconds(step, repeats[name], device))
     return seconds
+
+
+def _seconds(step: Step, repeats: int, device: torch.device) -> float:
+    synchronise(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronise(device)
+    return (time.perf_counter() - began) / repeats
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> float:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..model import DiP
 from ..processes import autocast
 from ..training.ema import EMA
 from ..training.loss import training_loss
-from .contenders import Contender, compare
+from .contenders import Contender, compare, compare_alone
 from .heads import other_heads
 from .latency import noise_and_labels
 from .release import ReleaseDiP, has_releases_form
@@ -35,25 +36,29 @@ def bench_training(
     """Forward and backward pass, AdamW and EMA of `batch` images, with all labels at hand.
 
     Args:
-        compiled: also with compiled blocks.
-        heads: also each other head, and no head, one after another beside ours in plain eager code: all in training
-            at once would not fit in a GPU's memory at the paper's size.
+        compiled: also with compiled blocks, the plain code, too.
+        heads: also each other head, and no head, in plain eager code.
 
     Returns:
-        "steps" and "ceilings" as `compare` makes them; "ratios" within rounds.
+        "steps" and "ceilings" as `compare` makes them, on a CUDA device `compare_alone`; "ratios" within rounds.
     """
     x, y = noise_and_labels(model, size, batch, device)
-    contenders = _contenders(model.to(device), x, y, compiled, precision)
+    makers = _contenders(model, x, y, compiled, precision)
+    others: dict[str, Callable[[], Contender]] = {
+        name: lambda config=config: TrainingStep(DiP(**config).to(device), precision).contender(x, y)
+        for name, config in (other_heads(model).items() if heads else ())
+    }
+    if device.type == "cuda":
+        comparison = compare_alone(makers | others, rounds, device)
+        return {**comparison.record(), "ratios": comparison.ratios()}
+    contenders = {name: make() for name, make in makers.items()}
     comparison = compare(contenders, rounds, device)
     result = {**comparison.record(), "ratios": comparison.ratios()}
-    if heads:
-        contenders = {"ours": contenders["ours"]}  # the memory of the rest is needed
-        for name, config in other_heads(model).items():
-            contenders[name] = TrainingStep(DiP(**config).to(device), precision).contender(x, y)
-            pair = compare(contenders, rounds, device)
-            del contenders[name]
-            result["steps"][name] = pair.rows[name]
-            result["ratios"] |= pair.ratios()
+    contenders = {"ours": contenders["ours"]}  # the memory of the rest is needed
+    for name, make in others.items():
+        pair = compare(contenders | {name: make()}, rounds, device)
+        result["steps"][name] = pair.rows[name]
+        result["ratios"] |= pair.ratios()
     return result
 
 
@@ -80,22 +85,43 @@ class TrainingStep:
         self.ema.update(self.model, self.steps)
         self.steps += 1
 
-    def contender(self, x: Tensor, y: Tensor, counted: Step | None = None) -> Contender:
+    def contender(self, x: Tensor, y: Tensor, counted: DiP | None = None) -> Contender:
+        """Args: counted: the same model in plain eager code, if this one's FLOPs cannot be counted."""
+
+        def plain(images: int) -> Step:
+            eager = TrainingStep(copy.deepcopy(counted).to(x.device), self.precision)
+            return functools.partial(eager, x[:images], y[:images])
+
         step = functools.partial(self, x, y)
-        return Contender(step, len(x), self.precision, self.model.num_parameters(), counted)
+        return Contender(step, len(x), len(x), self.precision, self.model.num_parameters(), plain if counted else None)
 
 
-def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: torch.dtype) -> dict[str, Contender]:
-    contenders = {}
-    if has_releases_form(model):
-        plain = _plain_step(ReleaseDiP(model).to(x.device), x, y, precision)
-        contenders["plain eager"] = Contender(plain, len(x), precision, model.num_parameters())
-    contenders["ours"] = eager = TrainingStep(copy.deepcopy(model), precision).contender(x, y)
-    if compiled:
-        network = copy.deepcopy(model)
-        network.compile_repeated_blocks(dynamic=False)
-        contenders["ours, compiled"] = TrainingStep(network, precision).contender(x, y, counted=eager.step)
-    return contenders
+def _contenders(
+    model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: torch.dtype
+) -> dict[str, Callable[[], Contender]]:
+    def ours(compiles: bool) -> Contender:
+        network = copy.deepcopy(model).to(x.device)
+        if compiles:
+            network.compile_repeated_blocks(dynamic=False)
+        return TrainingStep(network, precision).contender(x, y, counted=model)
+
+    def plain(compiles: bool) -> Contender:
+        network = ReleaseDiP(model).to(x.device)
+        if compiles:
+            for module in (*network.backbone.blocks, network.detailer):
+                module.compile(dynamic=False)
+        step = _plain_step(network, x, y, precision)
+
+        def counted(images: int) -> Step:
+            return _plain_step(ReleaseDiP(model).to(x.device), x[:images], y[:images], precision)
+
+        return Contender(step, len(x), len(x), precision, model.num_parameters(), counted)
+
+    makers = {"plain eager": functools.partial(plain, False), "plain, compiled": functools.partial(plain, True)}
+    if not has_releases_form(model):
+        makers = {}
+    makers |= {"ours": functools.partial(ours, False), "ours, compiled": functools.partial(ours, True)}
+    return {name: make for name, make in makers.items() if compiled or not name.endswith("compiled")}
 
 
 def _plain_step(network: ReleaseDiP, x: Tensor, y: Tensor, precision: torch.dtype) -> Step:

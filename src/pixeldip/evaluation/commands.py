@@ -16,7 +16,14 @@ from .image_sets import open_images
 from .reference import write_reference
 from .run import evaluate
 
-_OF_A_MODEL = ("images", "classes", "save_images", "precision", *(field.name for field in fields(SamplingFlags)))
+_OF_A_MODEL = (
+    "images",
+    "classes",
+    "save_images",
+    "precision",
+    "compile",
+    *(field.name for field in fields(SamplingFlags)),
+)
 """Flags that mean nothing where images are read."""
 
 
@@ -29,7 +36,7 @@ def evaluate_command(arguments: Any) -> None:
         samples, writer = arguments.samples, None
         if names_a_model(arguments.samples):
             precision = choose_precision(arguments.precision, processes.device)
-            pipeline = load_pipeline(arguments.samples, processes.device, precision)
+            pipeline = load_pipeline(arguments.samples, processes.device, precision, arguments.compile)
             samples = SampledImages(
                 pipeline,
                 chosen_settings(arguments, pipeline),

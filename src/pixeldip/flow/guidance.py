@@ -25,7 +25,8 @@ def guided_velocity(
     """Velocity for classes y (B,): u + scale (c - u) in steps that start at lo < t < hi.
 
     Outside the interval, and for a scale of 1, the unconditional branch is not evaluated. Inside,
-    the network is asked for both branches at once. lo = 0 includes the first step (the release's strict
+    the network is asked for both branches at once, at a time for each image or, if it `takes_one_time`, at a float.
+    lo = 0 includes the first step (the release's strict
     comparison would leave it out), so that (0, 1) means always.
 
     Raises:
@@ -33,11 +34,12 @@ def guided_velocity(
     """
     check_interval(interval)
     lo, hi = interval
+    takes_one_time = getattr(network, "takes_one_time", False)
     both = torch.stack([y, torch.full_like(y, null_class)])
 
     def velocity(x: Tensor, t: float, step_start: float) -> Tensor:
         inside = (lo < step_start or lo == 0) and step_start < hi
-        times = x.new_full((len(x),), t)
+        times = t if takes_one_time else x.new_full((len(x),), t)
         if scale == 1 or not inside:
             return network(x, times, y)
         c, u = network(x, times, both)

@@ -5,6 +5,7 @@ B batch, N patches in raster order, C image channels, P patch side, D hidden siz
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,12 +56,14 @@ class Backbone(nn.Module):
         y: Tensor,
         grid: tuple[int, int],
         after_block: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+        modulations: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """patches (B, N, C*P*P), t (B,), y (G, B) for G labels of each image, grid (rows, columns).
 
         Args:
             after_block: given the number of blocks done (from 1), tokens (G B, N, D), time embedding (G B, D) and
                 condition (G B, D), puts out the tokens that go on.
+            modulations: (depth, G B, 6 D) of these t and y, if they were computed ahead.
 
         Returns:
             Tokens (G B, N, D), the time embedding (G B, D) and the condition c (G B, D).
@@ -76,9 +79,14 @@ class Backbone(nn.Module):
             if self.gradient_checkpointing and self.training:
                 s = self._gradient_checkpointing_func(block, s, c, rope)
             else:
-                s = block(s, c, rope)
+                s = block(s, c, rope, None if modulations is None else modulations[i - 1])
             s = after_block(i, s, time, c)
         return s, time, c
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """What the blocks' modulation layers put out at times t (S,) for labels y (G, B): (S, depth, G B, 6 D)."""
+        c = F.silu(self.time_embed(t)[:, None] + self.class_embed(y).flatten(0, 1))
+        return torch.stack([block.modulation(c) for block in self.blocks], dim=1)
 
 
 class TimeContext(nn.Module):

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..flow import OBJECTIVES, VelocityObjective
 from .backbone import Backbone
 from .heads import HEADS
+from .layers import Block
 from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
 
@@ -119,8 +120,34 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """A freshly initialised model of a named size, for instance "dip-xl/16"; keywords override its row."""
         return cls(**{**preset_config(name), **overrides})
 
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, also when they are sharded, and on a CUDA device the head, too; on a CPU that gains nothing
+        (benchmarks/LOG.md)."""
+        heads = tuple(HEADS.values()) if self.device.type == "cuda" else ()
+        for module in self.modules():
+            if isinstance(module, (Block, *heads)):
+                module.compile(*args, **kwargs)
+
+    def modulations(self, t: Tensor, y: Tensor) -> Tensor:
+        """What the blocks' modulation layers put out, for a `forward` at one of these times with these labels.
+
+        Args:
+            t: (S,) times in [0, 1].
+            y: (G, B) labels.
+
+        Returns:
+            (S, depth, G B, 6 D).
+        """
+        _, time = self.objective.network_input(t.new_zeros(len(t), 1, 1, 1), t)
+        return self.backbone.modulations(time, y)
+
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, tokens_after: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        tokens_after: int | None = None,
+        modulations: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity at the noisy image.
 
@@ -130,6 +157,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             y: (B,) integer class labels; `num_classes` is the null class. Or (G, B): G labels of each image, as
                 guidance asks for; what depends on the image alone is then computed once.
             tokens_after: a number of blocks, 1 … depth.
+            modulations: (depth, G B, 6 D), this t's part of what the method of that name returned for these labels.
 
         Returns:
             (B, C, H, W) in x's dtype, or (G, B, C, H, W); with `tokens_after` also the tokens (B, N, D), or
@@ -158,7 +186,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # (B, C, H, W) -> (B, N, C, P, P): channel-major inside a patch, patches in raster order
         patches = seen.unflatten(-1, (columns, p)).unflatten(-3, (rows, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
         patches = patches.to(self.backbone.patch_embed.weight.dtype)
-        s, *conditions = self.backbone(patches.flatten(2), time, labels, (rows, columns), after_block)
+        s, *conditions = self.backbone(patches.flatten(2), time, labels, (rows, columns), after_block, modulations)
         refined = refine(self.context, self.detailer, patches, s, *conditions, g)
         image = refined.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(-1, *x.shape[1:])
         if g > 1:

@@ -54,7 +54,8 @@ class TimeEmbedding(nn.Module):
 
 
 def rope_2d(rows: int, columns: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the 2-D rotary embedding, each (N, d / 2) float32.
+    """Cosines and sines of the 2-D rotary embedding for each channel, (N, 1, d) float32; the sines of a pair's first
+    channel are negative.
 
     Channel pair 2i turns with the column (x), pair 2i + 1 with the row (y), both at
     frequency 10000^(-4i / d). Real arithmetic only, so that it compiles.
@@ -63,8 +64,8 @@ def rope_2d(rows: int, columns: int, head_dim: int, device: torch.device | None 
     x = torch.linspace(0, ROPE_EXTENT, columns, device=device).repeat(rows)
     y = torch.linspace(0, ROPE_EXTENT, rows, device=device).repeat_interleave(columns)
     angles = torch.stack([x, y], dim=-1)[:, None, :] * frequencies[None, :, None]  # (N, d/4, 2)
-    angles = angles.flatten(1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.flatten(1).cos(), angles.flatten(1).sin()
+    return torch.stack([cos, cos], dim=-1).flatten(1)[:, None], torch.stack([-sin, sin], dim=-1).flatten(1)[:, None]
 
 
 def sinusoids_2d(rows: int, columns: int, size: int, device: torch.device | None = None) -> Tensor:
@@ -76,10 +77,15 @@ def sinusoids_2d(rows: int, columns: int, size: int, device: torch.device | None
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns the channel pairs (2j, 2j + 1) of x (B, h, N, d)."""
+    """Turns the channel pairs (2j, 2j + 1) of x (B, N, h, d).
+
+    Of the ways to write it, the one that inductor makes a single kernel of, with the norm before it
+    (benchmarks/LOG.md).
+    """
     cos, sin = rope
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (wide * cos + swapped * sin).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -107,10 +113,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, h, N, d)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, h, d)
         q = apply_rope(self.q_norm(q), rope)
         k = apply_rope(self.k_norm(k), rope)
-        return self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -142,7 +149,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(hidden_size, mlp_ratio)
         self.modulation = nn.Linear(condition_size or hidden_size, 6 * hidden_size)
 
-    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=-1)
+    def forward(self, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor], modulation: Tensor | None = None) -> Tensor:
+        """x (B, N, D), c (B, condition_size); modulation: what the layer of that name makes of c, if it is known."""
+        if modulation is None:
+            modulation = self.modulation(c)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1.unsqueeze(1) * self.attention(modulate(self.norm1(x), shift1, scale1), rope)
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))

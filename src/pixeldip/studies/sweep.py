@@ -70,7 +70,7 @@ def sweep_command(arguments: Any) -> int:
     with start_processes(arguments.device) as processes:
         console = PlainConsole(quiet=not processes.is_main)
         precision = choose_precision(arguments.precision, processes.device)
-        pipeline = load_pipeline(arguments.model, processes.device, precision)
+        pipeline = load_pipeline(arguments.model, processes.device, precision, arguments.compile)
         size = pipeline.config.height, pipeline.config.width
         real = reference_images(arguments, size)
         classes = classes_like(real, pipeline)

@@ -68,8 +68,10 @@ class Learner:
 
     @functools.cached_property
     def _parallel(self) -> nn.Module:
-        """The network as it is stepped: compiled, its gradients averaged over the processes."""
-        network = torch.compile(self.network) if self.recipe.training.compile else self.network
+        """The network as it is stepped: its parts compiled, its gradients averaged over the processes."""
+        network = self.network
+        if self.recipe.training.compile:
+            self.model.compile_repeated_blocks()
         if self.processes.world_size == 1 or is_sharded(self.network):
             return network
         for parameter in network.parameters():

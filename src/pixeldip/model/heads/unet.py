@@ -3,7 +3,9 @@
 M = B * N patches, C channels, P patch side, D hidden size.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,8 @@ class UNetHead(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(w, w, 2, stride=2) for w in widths)
         self.merge = nn.ModuleList(nn.Conv2d(2 * a, b, 3, padding=1) for a, b in zip(widths, merged, strict=True))
         self.out = nn.Conv2d(widths[0], in_channels, 1)
-        self._kept: dict[int, tuple[tuple, Composed]] = {}
+        self.kept_kernels: dict[int, tuple[tuple, Composed]] = {}
+        self._compiled: Callable[..., Tensor] | None = None
         self._initialise()
         self.to(memory_format=torch.channels_last)
 
@@ -68,6 +71,23 @@ class UNetHead(nn.Module):
 
         For G contexts of each patch, (G, M, D), it is (G, M, C, P, P), and the way down is computed once.
         """
+        return (self._compiled or UNetHead._paint)(self, patch, context, self._kernels(patch.shape[-1]))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As elsewhere; the composition of kernels stays outside, where they can be kept."""
+        self._compiled = torch.compile(UNetHead._paint, *args, **kwargs)
+
+    def _kernels(self, side: int) -> list[Composed | None]:
+        """Of each stage up, from the patch's side; None where its two convolutions cannot be composed."""
+        kernels: list[Composed | None] = []
+        for i in range(len(self.up)):
+            half = (side + 1) // 2
+            composes = side == 2 * half and _plain(self.up[i], self.merge[i])
+            kernels.append(self._composed(i, half) if composes else None)
+            side = half
+        return kernels
+
+    def _paint(self, patch: Tensor, context: Tensor, kernels: list[Composed | None]) -> Tensor:
         h = patch.contiguous(memory_format=torch.channels_last)
         skips = []
         for down in self.down:
@@ -77,7 +97,7 @@ class UNetHead(nn.Module):
         g = len(context) if context.dim() == 3 else 1
         h = F.silu(self._join(h, context, g))
         for i in reversed(range(len(self.up))):
-            h = self._stage_up(i, h, skips[i], g)
+            h = self._stage_up(i, h, skips[i], g, kernels[i])
         return self.out(h).view(*context.shape[:-1], *patch.shape[1:])
 
     def _join(self, h: Tensor, context: Tensor, g: int) -> Tensor:
@@ -89,14 +109,13 @@ class UNetHead(nn.Module):
         contexts = F.linear(context, weight[:, pixels:].flatten(1), self.bottleneck.bias)
         return (F.conv2d(h, weight[:, :pixels]) + contexts[..., None, None]).flatten(0, -4)
 
-    def _stage_up(self, i: int, h: Tensor, skip: Tensor, g: int) -> Tensor:
+    def _stage_up(self, i: int, h: Tensor, skip: Tensor, g: int, composed: Composed | None) -> Tensor:
         """h (G M, w, side, side) and skip (M, w, 2 side, 2 side) -> (G M, w', 2 side, 2 side)."""
-        up, merge = self.up[i], self.merge[i]
-        height, width = skip.shape[-2:]
-        if (height, width) != (2 * h.shape[-2], 2 * h.shape[-1]) or not _plain(up, merge):
-            joined = torch.cat([up(h)[..., :height, :width], skip.repeat(g, 1, 1, 1)], dim=1)
-            return F.silu(merge(joined))
-        kernel, bias, skip_kernel = self._composed(i, h.shape[-1])
+        if composed is None:
+            height, width = skip.shape[-2:]
+            joined = torch.cat([self.up[i](h)[..., :height, :width], skip.repeat(g, 1, 1, 1)], dim=1)
+            return F.silu(self.merge[i](joined))
+        kernel, bias, skip_kernel = composed
         padding = 0 if kernel.shape[-1] == 2 else 1
         raised = F.conv_transpose2d(h, kernel, stride=2, padding=padding)
         seen = F.conv2d(skip, skip_kernel, padding=1) + bias
@@ -106,7 +125,7 @@ class UNetHead(nn.Module):
 
     def train(self, mode: bool = True) -> "UNetHead":
         """As elsewhere; forgets kept kernels, for fused optimizers change weights without leaving a trace."""
-        self._kept.clear()
+        self.kept_kernels.clear()
         return super().train(mode)
 
     def _composed(self, i: int, side: int) -> Composed:
@@ -119,11 +138,11 @@ class UNetHead(nn.Module):
         device = up.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else up.weight.dtype
         state = side, dtype, [(w.data_ptr(), w._version) for w in weights]
-        if i not in self._kept or self._kept[i][0] != state:
+        if i not in self.kept_kernels or self.kept_kernels[i][0] != state:
             with torch.autocast(device, enabled=False):
                 parts = compose(*(w.float() for w in weights), side)
-            self._kept[i] = state, tuple(part.to(dtype, memory_format=torch.channels_last) for part in parts)
-        return self._kept[i][1]
+            self.kept_kernels[i] = state, tuple(part.to(dtype, memory_format=torch.channels_last) for part in parts)
+        return self.kept_kernels[i][1]
 
 
 def _plain(*layers: nn.Module) -> bool:
