@@ -1,12 +1,16 @@
 """The baseline is the release's network, and the benchmarks say what they measured. No test looks at a time."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from pixeldip import UserError
 from pixeldip.bench import timing
+from pixeldip.bench.contenders import Contender, compare_alone
 from pixeldip.bench.release import ReleaseDiP, release_step
 from pixeldip.bench.timing import Times, count_flops, ratio, take_turns
 from pixeldip.cli import main
@@ -50,6 +54,33 @@ def test_flops_of_attention_and_products() -> None:
     q = torch.randn(1, 2, 5, 4)
     assert count_flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * (2 * 5 * 5 * 4)
     assert count_flops(lambda: torch.randn(3, 4) @ torch.randn(4, 5)) == 2 * 3 * 4 * 5
+
+
+def test_flops_of_what_cannot_be_counted() -> None:
+    """By its plain code with one image and two: what is paid once for a batch counts once."""
+    weights = torch.randn(4, 5)
+
+    def plain(images: int) -> Callable[[], Tensor]:
+        return lambda: torch.randn(3 * images, 4) @ (weights @ torch.eye(5))
+
+    contender = Contender(lambda: None, 7, 7, torch.float32, 20, counted=plain)
+    assert contender.flops() == 2 * 4 * 5 * 5 + 7 * (2 * 3 * 4 * 5)
+    contender.batch = 1
+    assert contender.flops() == 2 * 4 * 5 * 5 + 2 * 3 * 4 * 5
+
+
+def test_what_does_not_fit_is_named() -> None:
+    def too_large() -> Contender:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def small() -> Contender:
+        return Contender(lambda: torch.randn(3, 4) @ torch.randn(4, 5), 1, 1, torch.float32, 20)
+
+    comparison = compare_alone({"ours": small, "plain": too_large, "ours, other": small}, 3, CPU)
+    assert list(comparison.rows) == ["ours", "ours, other"] and comparison.record()["too_large"] == ["plain"]
+    assert len(comparison.ratios()) == 1
+    with pytest.raises(UserError, match="plain: the device's memory does not hold a step; give a smaller --batch"):
+        compare_alone({"plain": too_large}, 3, CPU)
 
 
 def run(what: str, tmp_path: Path, capsys: pytest.CaptureFixture, *flags: str) -> dict:

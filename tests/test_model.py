@@ -1,5 +1,6 @@
 """The network over the whole registry of heads and presets."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -191,9 +192,9 @@ def test_kept_kernels_follow_the_weights() -> None:
         torch.testing.assert_close(made, plain, rtol=0, atol=tolerance * plain.abs().max().item())
 
     check()
-    kept = {i: composed for i, (_, composed) in head._kept.items()}
+    kept = {i: composed for i, (_, composed) in head.kept_kernels.items()}
     check()
-    assert kept.keys() == {0, 1, 2} and all(head._kept[i][1] is composed for i, composed in kept.items())
+    assert kept.keys() == {0, 1, 2} and all(head.kept_kernels[i][1] is composed for i, composed in kept.items())
     optimizer = torch.optim.AdamW(head.train().parameters(), lr=0.1, fused=True)
     head(patch, context).square().sum().backward()
     check()
@@ -209,6 +210,24 @@ def test_kept_kernels_follow_the_weights() -> None:
     head.to(torch.bfloat16)
     patch, context = patch.bfloat16(), context.bfloat16()
     check(0.02)
+
+
+def test_a_compiled_head_keeps_its_kernels_and_learns() -> None:
+    torch.compiler.reset()
+    plain = UNetHead(3, 8, 16, width=8)
+    compiled = copy.deepcopy(plain)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    patch, context = torch.randn(6, 3, 8, 8), torch.randn(2, 6, 16)
+    for head in (plain, compiled):
+        head(patch, context).square().sum().backward()
+    for ours, theirs in zip(compiled.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(patch, context), plain.eval()(patch, context))
+    assert compiled.kept_kernels.keys() == {0, 1, 2}
+    twin = copy.deepcopy(compiled)
+    nn.init.zeros_(twin.out.weight)
+    assert not twin(patch, context).any() and compiled(patch, context).any()
 
 
 @torch.no_grad()

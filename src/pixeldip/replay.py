@@ -4,8 +4,7 @@ At batch 1 a GPU computes a step sooner than Python asks for its kernels; a CUDA
 modulation layers, a third of the weights that such a step reads, depend on nothing but time and class.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,18 +12,18 @@ from torch import Tensor
 from .model import DiP
 from .model.heads.unet import UNetHead
 
-Evaluation = Callable[[Tensor, float, Tensor, Tensor | None], Tensor]
-
 MOST_AHEAD = 2**29
 """Bytes of modulation computed ahead of a solution; where it takes more, images are many, the layers' share small."""
+MOST_RECORDED = 2**20
+"""Pixels of a batch up to which graphs are recorded; above, the CPU is ahead without them (benchmarks/LOG.md)."""
 WARM_UP = 2
 
 
 class ReplayedNetwork:
     """The velocity network (x, t, y) -> v of a model, for one time t that all images share.
 
-    Of a CUDA device's work a graph is recorded for each shape of x and y. A solution that begins with `begin` is of
-    the weights as they are then.
+    On a CUDA device a graph is recorded for each shape of x and y, up to `MOST_RECORDED`. A solution that begins with
+    `begin` is of the weights as they are then.
     """
 
     takes_one_time = True
@@ -32,15 +31,15 @@ class ReplayedNetwork:
     def __init__(self, model: DiP):
         self.model = model
         self._weights: list[tuple[int, int]] = []
-        self._evaluations: dict[tuple, Evaluation] = {}
         self._times: list[float] = []
-        self._ahead: dict[tuple[int, ...], tuple[Tensor, dict[float, Tensor]]] = {}
+        self._ahead: dict[torch.Size, tuple[Tensor, dict[float, Tensor]]] = {}
+        self._recorded: dict[tuple, _Recording] = {}
 
     def begin(self, times: Sequence[float]) -> None:
         """Before a solution that asks for the velocity at these times."""
-        weights = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
         if weights != self._weights:
-            self._evaluations.clear()
+            self._recorded.clear()
         self._weights, self._times = weights, list(dict.fromkeys(times))
         self._ahead.clear()
 
@@ -48,65 +47,56 @@ class ReplayedNetwork:
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """x (B, C, H, W) and y (B,) or (G, B), as `DiP.forward` takes them, at time t."""
         modulations = self._modulations(t, y)
-        device = x.device.type
-        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if x.device.type != "cuda" or x.shape[0] * x.shape[-2:].numel() > MOST_RECORDED:
+            return self.model(x, x.new_full((len(x),), t), y, modulations=modulations)
+        cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = x.shape, x.dtype, y.shape, modulations is None, cast
-        if key not in self._evaluations:
-            record = _recorded if device == "cuda" else _plain
-            self._evaluations[key] = record(self.model, x, y, modulations, cast)
-        return self._evaluations[key](x, t, y, modulations)
+        if key not in self._recorded:
+            self._recorded[key] = _Recording(self.model, x, y, modulations, cast)
+        return self._recorded[key].replay(x, t, y, modulations)
 
     def _modulations(self, t: float, y: Tensor) -> Tensor | None:
         """(depth, G B, 6 D) at t; None where all times' would take too much memory, or t was not told of."""
-        blocks = self.model.backbone.blocks
-        width = 6 * self.model.config.hidden_size
-        size = len(self._times) * len(blocks) * y.numel() * width * self.model.dtype.itemsize
-        if size > MOST_AHEAD or t not in self._times:
+        config = self.model.config
+        values = len(self._times) * config.depth * y.numel() * 6 * config.hidden_size
+        if values * self.model.dtype.itemsize > MOST_AHEAD or t not in self._times:
             return None
-        labels, _ = self._ahead.get(y.shape, (None, {}))
-        if labels is not y:
+        if self._ahead.get(y.shape, (None,))[0] is not y:
             times = torch.tensor(self._times, device=y.device)
             table = self.model.modulations(times, y if y.dim() == 2 else y[None])
             self._ahead[y.shape] = y, dict(zip(self._times, table))
         return self._ahead[y.shape][1][t]
 
 
-def _plain(model: DiP, x: Tensor, y: Tensor, modulations: Tensor | None, cast: torch.dtype | None) -> Evaluation:
-    def evaluation(x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
-        return model(x, x.new_full((len(x),), t), y, modulations=modulations)
+class _Recording:
+    """An evaluation of one shape as a CUDA graph, which reads and writes tensors of its own."""
 
-    return evaluation
+    def __init__(self, model: DiP, x: Tensor, y: Tensor, modulations: Tensor | None, cast: torch.dtype | None):
+        self.x, self.t, self.y = x.clone(), x.new_zeros(len(x)), y.clone()
+        self.modulations = None if modulations is None else modulations.clone()
 
+        def evaluate() -> Tensor:
+            # what autocast makes of weights must not be kept from one evaluation to the next
+            with torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False):
+                return model(self.x, self.t, self.y, modulations=self.modulations)
 
-def _recorded(model: DiP, x: Tensor, y: Tensor, modulations: Tensor | None, cast: torch.dtype | None) -> Evaluation:
-    """The same, from a CUDA graph that reads and writes tensors of its own."""
-    given: dict[str, Any] = {"x": x.clone(), "t": x.new_zeros(len(x)), "y": y.clone()}
-    if modulations is not None:
-        given["modulations"] = modulations.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and lets libraries take what they keep
+            for _ in range(WARM_UP):
+                evaluate()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.v = evaluate()
+        # the graph reads them, and the head may let go of them
+        self.kernels = [dict(head.kept_kernels) for head in model.modules() if isinstance(head, UNetHead)]
 
-    def run() -> Tensor:
-        # weights that autocast has cast must not be kept beyond the graph
-        with torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False):
-            return model(**given)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, and lets libraries take what they keep, before the recording
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        v = run()
-    read = [dict(module.kept_kernels) for module in model.modules() if isinstance(module, UNetHead)]
-
-    def evaluation(x: Tensor, t: float, y: Tensor, modulations: Tensor | None, keep_alive: Any = read) -> Tensor:
-        given["x"].copy_(x)
-        given["t"].fill_(t)
-        given["y"].copy_(y)
+    def replay(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
+        self.x.copy_(x)
+        self.t.fill_(t)
+        self.y.copy_(y)
         if modulations is not None:
-            given["modulations"].copy_(modulations)
-        graph.replay()
-        return v.clone()
-
-    return evaluation
+            self.modulations.copy_(modulations)
+        self.graph.replay()
+        return self.v.clone()

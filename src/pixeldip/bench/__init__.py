@@ -119,6 +119,8 @@ def _table(result: Mapping[str, Any]) -> list[Any]:
     lines: list[Any] = [table]
     for name, row in result.get("images", {}).items():
         lines.append(f"a batch in {row['steps']} steps, {name}: {row['seconds']:.1f} s")
+    for name in result.get("too_large", ()):
+        lines.append(f"{name}: does not fit in the device's memory")
     for name, mebibytes in result.get("per_image", {}).items():
         lines.append(f"{name}: {mebibytes:.1f} MiB for each image more")
     for name, value in result.get("ratios", {}).items():

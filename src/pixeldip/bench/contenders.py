@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..processes import precision_name
 from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns
 
@@ -62,7 +63,7 @@ class Comparison:
     def ratios(self) -> dict[str, float]:
         """Of every other row to the fastest of ours, within rounds."""
         ours = [name for name in self.rows if name.startswith("ours")]
-        fastest = min(ours, key=lambda name: self.rows[name]["milliseconds"])
+        fastest = min(ours or self.rows, key=lambda name: self.rows[name]["milliseconds"])
         return {f"{name} / {fastest}": ratio(self.seconds, name, fastest) for name in self.rows if name != fastest}
 
 
@@ -98,7 +99,11 @@ def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.devi
 
 def compare_alone(makers: Mapping[str, Callable[[], Contender]], rounds: int, device: torch.device) -> Comparison:
     """As `compare`, one after another, each alone in the device's memory: for a GPU, whose pace hardly drifts, and
-    contenders that fill it. One that does not fit is left out."""
+    contenders that fill it. One that does not fit is left out.
+
+    Raises:
+        UserError: if none fits.
+    """
     whole, too_large = Comparison({}, {}, {}), []
     for name, make in makers.items():
         try:
@@ -111,4 +116,6 @@ def compare_alone(makers: Mapping[str, Callable[[], Contender]], rounds: int, de
             whole.ceilings.update(part.ceilings)
         gc.collect()
         torch.cuda.empty_cache()
+    if not whole.rows:
+        raise UserError(f"{', '.join(too_large)}: the device's memory does not hold a step; give a smaller --batch")
     return dataclasses.replace(whole, too_large=tuple(too_large))

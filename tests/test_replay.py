@@ -1,0 +1,109 @@
+"""A replayed network is its model: modulation ahead of the solution, and on a CUDA device graphs, change no image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixeldip import DiP, DiPPipeline, UserError, replay
+from pixeldip.flow import SOLVERS, guided_velocity, time_grid
+from pixeldip.replay import ReplayedNetwork
+
+from .conftest import TINY_MODEL, opened_up
+
+Y = torch.tensor([2, 0])
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are recorded on CUDA devices only")
+
+
+def tiny(**changes: object) -> DiP:
+    return opened_up(DiP(**{**TINY_MODEL, **changes}, num_classes=3)).eval()
+
+
+@torch.no_grad()
+def solution(network: DiP | ReplayedNetwork, solver: str = "euler", y: Tensor = Y, scale: float = 2.0) -> Tensor:
+    """Six steps, the first of them unguided."""
+    device = next((network if isinstance(network, DiP) else network.model).parameters()).device
+    x = torch.randn(len(y), 3, 16, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    times = time_grid(6)
+    if isinstance(network, ReplayedNetwork):
+        network.begin(times)
+    return SOLVERS[solver](guided_velocity(network, y.to(device), 3, scale, (0.1, 1.0)), x, times)
+
+
+def same(network: ReplayedNetwork, **arguments: object) -> None:
+    plain = solution(network.model, **arguments)
+    torch.testing.assert_close(solution(network, **arguments), plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+@contextmanager
+def modulation_calls(model: DiP) -> Iterator[list[int]]:
+    """How many conditions the first block's modulation layer was given, call by call."""
+    rows: list[int] = []
+    layer = model.backbone.blocks[0].modulation
+    handle = layer.register_forward_hook(lambda _, given, __: rows.append(given[0].flatten(0, -2).shape[0]))
+    yield rows
+    handle.remove()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_modulation_is_computed_once_for_all_steps(solver: str) -> None:
+    network = ReplayedNetwork(tiny())
+    same(network, solver=solver)
+    with modulation_calls(network.model) as rows:
+        solution(network, solver)
+    assert rows == [7 * 2, 7 * 4]  # all seven times for the unguided step's two labels, then for the guided ones' four
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prediction": "noise"}, {"placement": "hybrid"}, {"head": "linear", "head_width": None}]
+)
+def test_of_every_kind_of_model(changes: dict) -> None:
+    same(ReplayedNetwork(tiny(**changes)))
+
+
+def test_weights_and_labels_may_change() -> None:
+    network = ReplayedNetwork(tiny())
+    same(network)
+    same(network, y=Y.flip(0))
+    same(network, scale=1.0)
+    opened_up(network.model, seed=1)
+    same(network)
+    network.model.to(torch.bfloat16)
+    plain = solution(network.model)
+    assert (solution(network) - plain).std() < 0.02 * plain.std()
+
+
+def test_without_room_and_at_other_times_each_step_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = ReplayedNetwork(tiny()), torch.randn(2, 3, 16, 16)
+    network.begin([0.25, 0.5])
+    for t in (0.25, 0.6):
+        wanted = network.model(x, torch.full((2,), t), Y)
+        torch.testing.assert_close(network(x, t, Y), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    monkeypatch.setattr(replay, "MOST_AHEAD", 0)
+    same(network)
+    with modulation_calls(network.model) as rows:
+        solution(network)
+    assert rows == [2, 4, 4, 4, 4, 4]
+
+
+def test_graphs_want_a_cuda_device() -> None:
+    with pytest.raises(UserError, match="the model is on the cpu device"):
+        DiPPipeline(tiny(), height=16, width=16).enable_cuda_graphs()
+
+
+@CUDA
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_replay_the_same_images(precision: torch.dtype, compiled: bool) -> None:
+    model = tiny().to("cuda", precision)
+    if compiled:
+        torch.compiler.reset()
+        model.compile_repeated_blocks(dynamic=False)
+    network = ReplayedNetwork(model)
+    for change in (lambda: None, lambda: opened_up(model.cpu(), seed=1).cuda()):
+        change()
+        plain = solution(model)
+        for again in (solution(network), solution(network)):
+            assert (again - plain).std() < (0.02 if precision == torch.bfloat16 else 1e-4) * plain.std()
