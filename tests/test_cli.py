@@ -189,3 +189,16 @@ def test_grid() -> None:
     sheet = grid(cells, columns=2, gap=1, scale=2)
     assert sheet.size == (9, 5)
     assert [sheet.getpixel(p)[0] for p in ((0, 0), (5, 1), (0, 3), (4, 0), (5, 3))] == [0, 1, 2, 255, 255]
+
+
+def test_sampling_with_compiled_blocks(model_folder: Path, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    common = ["sample", str(model_folder), "--seeds", "0-1", "--steps", "2", "--device", "cpu", "--precision", "fp32"]
+    for name, flags in (("plain.npz", []), ("compiled.npz", ["--compile"])):
+        assert main([*common, "--out", str(tmp_path / name), *flags]) == 0
+        assert bool(counters["stats"]["unique_graphs"]) == bool(flags)
+    plain, compiled = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("plain.npz", "compiled.npz"))
+    assert np.abs(plain - compiled).max() <= 1

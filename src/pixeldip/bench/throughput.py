@@ -32,8 +32,9 @@ def bench_throughput(
     """
     half = copy.deepcopy(model).eval().requires_grad_(False).to(device).type(torch.bfloat16)
     trainer = TrainingStep(model.to(device), precision)
-    eager, plain = copy.deepcopy(half), copy.deepcopy(model)
+    eager, plain = None, None
     if compiled:
+        eager, plain = copy.deepcopy(half), copy.deepcopy(model)
         half.compile_repeated_blocks(dynamic=False)
         model.compile_repeated_blocks(dynamic=False)
     contenders: dict[str, Contender] = {}

@@ -25,9 +25,11 @@ def guided_velocity(
     """Velocity for classes y (B,): u + scale (c - u) in steps that start at lo < t < hi.
 
     Outside the interval, and for a scale of 1, the unconditional branch is not evaluated. Inside,
-    the network is asked for both branches at once, at a time for each image or, if it `takes_one_time`, at a float.
-    lo = 0 includes the first step (the release's strict
+    the network is asked for both branches at once. lo = 0 includes the first step (the release's strict
     comparison would leave it out), so that (0, 1) means always.
+
+    Args:
+        network: called with a time for each image, or with one float for all if it has the attribute `takes_one_time`.
 
     Raises:
         UserError: unless 0 <= lo <= hi <= 1.
