@@ -167,18 +167,28 @@ class LiveBytes(TorchDispatchMode):
         self._live = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._watched: dict[int, weakref.ref] = {}
+        self._known_views: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if getattr(func, "is_view", False) and args[0].untyped_storage()._cdata in self._known:
+            for view in tree_leaves(result):
+                self._pass_over(view.untyped_storage())
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._watch(tensor.untyped_storage())
         self.timeline.append(self._live)
         return result
 
+    def _pass_over(self, storage: torch.UntypedStorage) -> None:
+        """A view of a known tensor takes no bytes, though without data it has a storage of its own."""
+        key = storage._cdata
+        if key not in self._known and key not in self._known_views:
+            self._known_views[key] = weakref.ref(storage, lambda _: self._known_views.pop(key))
+
     def _watch(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known or key in self._watched:
+        if key in self._known or key in self._watched or key in self._known_views:
             return
         self._live += size
 
