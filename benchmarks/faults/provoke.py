@@ -90,7 +90,8 @@ class Scene:
         expect(process.returncode == status, f"status {process.returncode}, expected {status}:\n{output[-2000:]}")
         expect(bool(lines), f"nothing said {said!r}:\n{output[-2000:]}")
         lost = reached(self.run) - newest_step(self.run)
-        return {"status": status, "seconds": seconds, "said": lines[-1].strip(), "steps_lost": lost}
+        last = lines[-1].strip().replace(f"{self.folder.parent}/", "")
+        return {"status": status, "seconds": seconds, "said": last, "steps_lost": lost}
 
     def goes_on(self, settings: Recipe, launcher: list[str] = PIXELDIP, processes: int = 1, **options) -> None:
         """The same command ends as the run left alone."""
@@ -393,7 +394,6 @@ def main() -> int:
                     outcome = FAULTS[name](Scene(place, dice, alone))
                 except (Broken, subprocess.SubprocessError) as error:
                     outcome = {"broken": str(error)}
-                outcome = {key: str(v).replace(f"{folder}/", "") if key == "said" else v for key, v in outcome.items()}
                 found.setdefault(name, []).append(outcome)
                 print(f"{name}: {outcome}", flush=True)
     record = {"benchmark": "provoke", "pixeldip": __version__, "torch": torch.__version__, "faults": found}

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,10 +44,12 @@ def bench_training(
     """
     x, y = noise_and_labels(model, size, batch, device)
     makers = _contenders(model, x, y, compiled, precision)
-    others: dict[str, Callable[[], Contender]] = {
-        name: lambda config=config: TrainingStep(DiP(**config).to(device), precision).contender(x, y)
-        for name, config in (other_heads(model).items() if heads else ())
-    }
+
+    def other(config: Mapping[str, Any]) -> Contender:
+        network = DiP(**config).to(device)
+        return TrainingStep(network, precision).contender(x, y, counted=network if device.type == "cuda" else None)
+
+    others = {name: functools.partial(other, config) for name, config in other_heads(model).items() if heads}
     if device.type == "cuda":
         comparison = compare_alone(makers | others, rounds, device)
         return {**comparison.record(), "ratios": comparison.ratios()}
