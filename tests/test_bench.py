@@ -99,7 +99,7 @@ def run(what: str, tmp_path: Path, capsys: pytest.CaptureFixture, *flags: str) -
 def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     record = run("latency", tmp_path, capsys, "--batch", "2", "--heads")
     steps = record["steps"]
-    ours = ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16"]
+    ours = ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16", "ours, bf16, modulation ahead"]
     assert list(steps) == [*ours, "head coordinate_mlp", "head attention", "head mlp", "DiT-only"]
     assert record["errors"]["ours, fp32"] < 1e-4 and record["errors"]["ours, bf16"] < 0.1
     whole = record["images"]["ours, bf16"]

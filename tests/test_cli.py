@@ -1,6 +1,7 @@
 """What a person types, and what comes back."""
 
 import json
+import platform
 import re
 import resource
 import subprocess
@@ -36,6 +37,17 @@ def test_help_needs_no_torch() -> None:
     assert output.endswith("False False\n")
     for command in COMMANDS:
         assert f"  {command} " in output
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not told")
+def test_commands_keep_freed_memory() -> None:
+    code = (
+        "import resource; from pixeldip.cli import main; main(['convert', 'nowhere.ckpt', 'out']); import torch\n"
+        "seen = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(9) if torch.ones(2**24).all()]\n"
+        "print(min(after - before for before, after in zip(seen, seen[1:])))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(output) < 100  # 64 MiB are 16384 pages
 
 
 def test_a_reader_that_has_seen_enough() -> None:

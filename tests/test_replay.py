@@ -88,6 +88,24 @@ def test_without_room_and_at_other_times_each_step_has_its_own(monkeypatch: pyte
     assert rows == [2, 4, 4, 4, 4, 4]
 
 
+def test_pipelines_compute_modulation_ahead_when_asked() -> None:
+    pipe = DiPPipeline(tiny(), height=16, width=16)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images() -> Tensor:
+        return pipe([2, 0], num_inference_steps=6, output_type="latent").images
+
+    plain = images()
+    pipe.enable_precomputed_modulation()
+    with modulation_calls(pipe.model) as rows:
+        ahead = images()
+        assert len(rows) == 2
+        pipe.disable_precomputed_modulation()
+        images()
+        assert len(rows) == 2 + 6
+    torch.testing.assert_close(ahead, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
 def test_graphs_want_a_cuda_device() -> None:
     with pytest.raises(UserError, match="the model is on the cpu device"):
         DiPPipeline(tiny(), height=16, width=16).enable_cuda_graphs()

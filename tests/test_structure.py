@@ -8,6 +8,7 @@ import pixeldip
 PACKAGE = Path(pixeldip.__file__).parent
 ORDER = [
     "errors",
+    "heap",
     "files",
     "terminal",
     "settings",

@@ -12,6 +12,7 @@ import tyro
 from pydantic import Field
 
 from .errors import UserError
+from .heap import keep_freed_memory
 from .recipe import ModelSection, Recipe, load_recipe, parse_recipe, recipe_values
 from .settings import (
     EvaluationOptions,
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"perhaps {near[0]}" if near else f"there are {', '.join(COMMANDS)}"
             raise UserError(f"no command {name!r}; {hint}")
+        keep_freed_memory()
         return COMMANDS[name](arguments) or 0
     except UserError as error:
         PlainConsole(stderr=True).print(f"pixeldip {name}: ", style="bold red", end="")

@@ -1,7 +1,6 @@
 """The processes of a command: one by default, as many as torchrun starts."""
 
 import contextlib
-import ctypes
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -154,18 +153,6 @@ def exact_matmuls() -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32, matmul.allow_fp16_reduced_precision_reduction = before
-
-
-def keep_freed_memory() -> None:
-    """Stops glibc from giving every large freed block back to the kernel, and fetching it again page by page.
-
-    Convolution networks on a CPU spend half of their time that way. Tunes the whole process, so it is for
-    commands, not for a library's callers; elsewhere than on glibc it does nothing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and stay there
 
 
 _groups = itertools.count()  # of this process; all processes of a command open as many

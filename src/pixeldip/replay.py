@@ -1,7 +1,7 @@
 """A network for a solver whose times are known: what can be is computed ahead, and a CUDA device replays the rest.
 
-At batch 1 a GPU computes a step sooner than Python asks for its kernels; a CUDA graph is asked for once. And the
-modulation layers, a third of the weights that such a step reads, depend on nothing but time and class.
+The modulation layers, a third of the weights that a step of one image reads, depend on nothing but time and class. And
+at batch 1 a GPU computes a step sooner than Python asks for its kernels; a CUDA graph is asked for once.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,16 @@ WARM_UP = 2
 class ReplayedNetwork:
     """The velocity network (x, t, y) -> v of a model, for one time t that all images share.
 
-    On a CUDA device a graph is recorded for each shape of x and y, up to `MOST_RECORDED`. A solution that begins with
-    `begin` is of the weights as they are then.
+    A solution that begins with `begin` is of the weights as they are then.
+
+    Args:
+        graphs: on a CUDA device, record a graph for each shape of x and y, up to `MOST_RECORDED`.
     """
 
     takes_one_time = True
 
-    def __init__(self, model: DiP):
-        self.model = model
+    def __init__(self, model: DiP, graphs: bool = True):
+        self.model, self.graphs = model, graphs
         self._weights: list[tuple[int, int]] = []
         self._times: list[float] = []
         self._ahead: dict[torch.Size, tuple[Tensor, dict[float, Tensor]]] = {}
@@ -47,7 +49,7 @@ class ReplayedNetwork:
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """x (B, C, H, W) and y (B,) or (G, B), as `DiP.forward` takes them, at time t."""
         modulations = self._modulations(t, y)
-        if x.device.type != "cuda" or x.shape[0] * x.shape[-2:].numel() > MOST_RECORDED:
+        if not self.graphs or not recordable(x):
             return self.model(x, x.new_full((len(x),), t), y, modulations=modulations)
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = x.shape, x.dtype, y.shape, modulations is None, cast
@@ -66,6 +68,11 @@ class ReplayedNetwork:
             table = self.model.modulations(times, y if y.dim() == 2 else y[None])
             self._ahead[y.shape] = y, dict(zip(self._times, table))
         return self._ahead[y.shape][1][t]
+
+
+def recordable(x: Tensor) -> bool:
+    """Whether an evaluation of images x (B, C, H, W) is worth a graph."""
+    return x.device.type == "cuda" and x.shape[0] * x.shape[-2:].numel() <= MOST_RECORDED
 
 
 class _Recording:

@@ -58,8 +58,8 @@ def parse_seeds(text: str, most: int = MOST_SEEDS) -> list[int]:
 def load_pipeline(
     model: str, device: torch.device, precision: torch.dtype = torch.float32, compiled: bool = False
 ) -> DiPPipeline:
-    """The pipeline of a run folder, a saved folder or a hub id, on a device, with weights of a precision; on a CUDA
-    device it samples by CUDA graphs.
+    """The pipeline of a run folder, a saved folder or a hub id, on a device, with weights of a precision; its
+    modulation is precomputed, and on a CUDA device it samples by CUDA graphs.
 
     Args:
         compiled: with compiled blocks, which is done for each batch size when it first occurs.
@@ -78,6 +78,8 @@ def load_pipeline(
         pipeline.model.compile_repeated_blocks(dynamic=False)
     if device.type == "cuda":
         pipeline.enable_cuda_graphs()
+    else:
+        pipeline.enable_precomputed_modulation()
     pipeline.set_progress_bar_config(disable=True)  # commands show their own
     return pipeline
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..flow import guided_velocity
 from ..model import DiP
 from ..processes import autocast
-from ..replay import ReplayedNetwork
+from ..replay import ReplayedNetwork, recordable
 from .contenders import Contender, compare
 from .heads import other_heads
 from .latent import STEPS as LATENT_STEPS
@@ -36,7 +36,8 @@ def bench_latency(
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
     Args:
-        compiled: also with compiled blocks. On a CUDA device each also replayed from graphs, as the commands do.
+        compiled: also with compiled blocks. Each also as the commands sample: modulation computed ahead, and where
+            it pays replayed from a CUDA graph.
         heads: also each other head, and no head, in bf16.
         latent: also DiT-XL/2 with its VAE, in bf16.
 
@@ -74,7 +75,8 @@ def sampling_contender(
     """A guided Euler step of a network in evaluation mode, one of the `STEPS` of its images.
 
     Args:
-        replayed: from a CUDA graph, with the modulation of all steps computed ahead.
+        replayed: with the modulation of all steps computed ahead, which is not part of the step, and where it pays
+            from a CUDA graph.
         counted: the same network in plain eager code, if this one's FLOPs cannot be counted.
     """
     called: DiP | ReplayedNetwork = network
@@ -109,8 +111,8 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, C
         blocks.compile_repeated_blocks(dynamic=False)
     for name, network in networks.items():
         contenders[name] = sampling_contender(network, x, y, counted=half)
-        if x.device.type == "cuda":
-            contenders[f"{name}, graphs"] = sampling_contender(network, x, y, replayed=True, counted=half)
+        ahead = f"{name}, {'graphs' if recordable(x) else 'modulation ahead'}"
+        contenders[ahead] = sampling_contender(network, x, y, replayed=True, counted=half)
     return contenders
 
 

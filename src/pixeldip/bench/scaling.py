@@ -10,6 +10,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from ..heap import keep_freed_memory
 from ..model import DiP
 from ..processes import start_processes
 from ..training.pretrained import network_config
@@ -81,6 +82,7 @@ def _train(
     threads: int,
 ) -> list[float]:
     """Seconds of each step in this process."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     with start_processes(device) as processes:
         model = DiP(**config).to(processes.device)

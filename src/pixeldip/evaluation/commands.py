@@ -6,7 +6,7 @@ from typing import Any
 from ..data import NpzFile
 from ..errors import UserError
 from ..files import check_writable
-from ..processes import choose_precision, keep_freed_memory, start_processes
+from ..processes import choose_precision, start_processes
 from ..run_folder import names_a_model
 from ..sampling import SampledImages, chosen_settings, image_writer, load_pipeline
 from ..settings import SamplingFlags, refuse_flags
@@ -29,7 +29,6 @@ _OF_A_MODEL = (
 
 def evaluate_command(arguments: Any) -> None:
     """Args: arguments: the command line's `EvaluateArguments`."""
-    keep_freed_memory()
     with start_processes(arguments.device) as processes:
         if arguments.out:
             processes.on_main(lambda: check_writable(arguments.out))
@@ -56,7 +55,6 @@ def evaluate_command(arguments: Any) -> None:
 
 def reference_command(arguments: Any) -> None:
     """Args: arguments: the command line's `ReferenceArguments`."""
-    keep_freed_memory()
     with start_processes(arguments.device) as processes:
         console = PlainConsole(quiet=not processes.is_main)
         processes.on_main(lambda: check_writable(arguments.out))

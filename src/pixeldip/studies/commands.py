@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..processes import keep_freed_memory
 from ..settings import refuse_flags
 from ..terminal import PlainConsole
 from .comparison import Comparison, ComparisonOptions, measure_contender, prepare_measures, run_comparison
@@ -38,7 +37,6 @@ def study_command(arguments: Any) -> int:
         near = difflib.get_close_matches(name, STUDIES, n=1)
         raise UserError(f"no study {name!r}; " + (f"perhaps {near[0]}" if near else f"there are {', '.join(STUDIES)}"))
     refuse_flags(arguments, FOREIGN.get(name, OVERFITTED), f"means nothing to the {name} study; leave it out")
-    keep_freed_memory()
     out = arguments.out or Path("runs") / f"study-{name}-{arguments.scale}"
     console = PlainConsole()
     if name == OVERFIT.name:

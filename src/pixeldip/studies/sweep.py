@@ -16,7 +16,7 @@ from ..evaluation.image_sets import SourceImages, open_images
 from ..images import grid
 from ..model import DiP
 from ..pipeline import DiPPipeline
-from ..processes import Processes, choose_precision, keep_freed_memory, start_processes
+from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline
 from ..terminal import PlainConsole
@@ -65,7 +65,6 @@ def sweep_command(arguments: Any) -> int:
     Raises:
         UserError: for every mistake in the arguments or files.
     """
-    keep_freed_memory()
     settings = combinations(arguments)
     with start_processes(arguments.device) as processes:
         console = PlainConsole(quiet=not processes.is_main)
