@@ -8,18 +8,9 @@ where its error is well below that of k = 1. "held" keeps the tokens as they wer
 through the last two.
 """
 
-import argparse
-import json
-from pathlib import Path
-
-import numpy as np
-import torch
 import torch.nn.functional as F
+from solution import Samples, rms
 from torch import Tensor, nn
-
-from pixeldip.processes import Processes
-from pixeldip.provenance import environment
-from pixeldip.sampling import deal_classes, load_pipeline, parse_seeds
 
 BUDGETS = (10, 20, 50)
 WAYS = ((1, "held"), (2, "held"), (2, "extrapolated"), (4, "held"), (4, "extrapolated"))
@@ -51,23 +42,10 @@ class ReusingBackbone(nn.Module):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--seeds", default="0-31")
-    parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(arguments.model, device)
-    backbone, seeds = pipeline.model.backbone, parse_seeds(arguments.seeds)
-    classes = deal_classes(range(pipeline.model.config.num_classes), len(seeds), None)
-
-    def sample(steps: int, solver: str) -> np.ndarray:
-        how = {"num_inference_steps": steps, "solver": solver, "guidance_scale": arguments.guidance}
-        x = pipeline(classes, seeds=seeds, guidance_interval=(0.0, 1.0), output_type="latent", **how).images
-        return x.clamp(-1, 1).cpu().numpy() * 127.5
-
-    solution = sample(500, "heun")
+    samples = Samples()
+    pipeline, backbone = samples.pipeline, samples.pipeline.model.backbone
+    solution = samples.of(500, "heun")
+    pipeline.disable_precomputed_modulation()  # and graphs: a `ReusingBackbone` does not do the same at every call
     errors: dict[str, dict[int, dict[str, float]]] = {"euler": {}, "ab2": {}}
     names = [f"k = {every}" + (f", {way}" if every > 1 else "") for every, way in WAYS]
     print("| solver | evaluations of the backbone | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
@@ -76,15 +54,9 @@ def main() -> None:
             by_budget[budget] = {}
             for name, (every, way) in zip(names, WAYS):
                 pipeline.model.backbone = ReusingBackbone(backbone, every, way)
-                difference = sample(budget * every, solver) - solution
-                by_budget[budget][name] = float(np.sqrt(np.square(difference).mean()))
+                by_budget[budget][name] = rms(samples.of(budget * every, solver) - solution)
             print(f"| {solver} | {budget} | " + " | ".join(f"{e:.2f}" for e in by_budget[budget].values()) + " |")
-    asked = {"model": arguments.model, "seeds": arguments.seeds, "guidance": arguments.guidance}
-    record = {"benchmark": "context_reuse", **asked, "rms_error_of_255": errors}
-    line = json.dumps({**record, "environment": environment(Processes(0, 1, device))})
-    print(line)
-    if arguments.out:
-        arguments.out.write_text(line + "\n", encoding="utf-8")
+    samples.put_out("context_reuse", errors)
 
 
 if __name__ == "__main__":
