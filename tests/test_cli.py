@@ -43,8 +43,11 @@ def test_help_needs_no_torch() -> None:
 def test_commands_keep_freed_memory() -> None:
     code = (
         "import resource; from pixeldip.cli import main; main(['convert', 'nowhere.ckpt', 'out']); import torch\n"
-        "seen = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(9) if torch.ones(2**24).all()]\n"
-        "print(min(after - before for before, after in zip(seen, seen[1:])))"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "def fewest():\n"
+        "    seen = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(9) if torch.ones(2**24).all()]\n"
+        "    return min(after - before for before, after in zip(seen, seen[1:]))\n"
+        "print(max(fewest(), ThreadPoolExecutor(1).submit(fewest).result()))"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(output) < 100  # 64 MiB are 16384 pages

@@ -86,6 +86,13 @@ def test_without_room_and_at_other_times_each_step_has_its_own(monkeypatch: pyte
     with modulation_calls(network.model) as rows:
         solution(network)
     assert rows == [2, 4, 4, 4, 4, 4]
+    config = network.model.config
+    for_two = 7 * config.depth * 2 * 6 * config.hidden_size * 4
+    monkeypatch.setattr(replay, "MOST_AHEAD", 2.5 * for_two)  # room for the unguided step's labels, or the guided ones'
+    same(network)
+    with modulation_calls(network.model) as rows:
+        solution(network)
+    assert rows == [7 * 2, 4, 4, 4, 4, 4]
 
 
 def test_pipelines_compute_modulation_ahead_when_asked() -> None:

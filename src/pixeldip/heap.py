@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -13,7 +13,8 @@ def keep_freed_memory() -> None:
     (benchmarks/LOG.md). Tunes the whole process, so it is for commands, not for a library's callers; elsewhere
     than on glibc it does nothing.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap
         mallopt(M_TRIM_THRESHOLD, -1)  # and stay there
+        mallopt(M_ARENA_MAX, 1)  # in threads, too, whose own heaps end at 64 MiB

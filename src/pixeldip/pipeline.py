@@ -207,6 +207,14 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             where = "" if isinstance(given, dict) else f" {given}"
             raise UserError(f"LoRA weights{where}: {' '.join(str(error).split())}") from error
 
+    def fuse_lora(self, components: Sequence[str] = ("model",), **kwargs: Any) -> None:
+        """As elsewhere in diffusers."""
+        super().fuse_lora(list(components), **kwargs)
+
+    def unfuse_lora(self, components: Sequence[str] = ("model",), **kwargs: Any) -> None:
+        """As elsewhere in diffusers."""
+        super().unfuse_lora(list(components), **kwargs)
+
     def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str = "default") -> None:
         """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder."""
         _check_peft()
@@ -359,6 +367,9 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 x = solve(velocity, x, times, on_step)
             except _Interrupted as stopped:
                 x = stopped.state
+            finally:
+                if self._replayed is not None:
+                    self._replayed.end()
         self.maybe_free_model_hooks()
         images = _put_out(x, output_type)
         return DiPPipelineOutput(images, trajectory or None) if return_dict else (images, trajectory or None)
@@ -368,21 +379,21 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         steps at once.
 
         Where images are few that spares a third of the weights that a step reads. Images are the same up to rounding.
-        Weights may change between calls. It does not go with offloading.
+        Weights may change between calls. It does not go with offloading. CUDA graphs include it.
         """
-        self._replayed = ReplayedNetwork(self.model, graphs=False)
+        self._replayed = self._replayed or ReplayedNetwork(self.model, graphs=False)
 
     def disable_precomputed_modulation(self) -> None:
-        """Every evaluation computes its own again."""
+        """Every evaluation is computed anew again; CUDA graphs are disabled, too."""
         self._replayed = None
 
     def enable_cuda_graphs(self) -> None:
         """From now on calls record what the device does for one evaluation, and replay it for the others.
 
         That spares the CPU, which takes longer than the GPU where images are few; modulation is precomputed, too.
-        Images are the same up to rounding. Weights may change between calls, but not by a fused optimizer, which
-        leaves no trace, and adapters must stay as they are: enable it again after such a change. It does not go with
-        offloading.
+        Images are the same up to rounding. Weights may change between calls, but not by a fused optimizer or through
+        their `.data`, which leave no trace, and adapters must stay as they are: enable it again after such a change.
+        It does not go with offloading.
 
         Raises:
             UserError: if the model is not on a CUDA device.
@@ -395,11 +406,12 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         self._replayed = ReplayedNetwork(self.model)
 
     def disable_cuda_graphs(self) -> None:
-        """Every evaluation is computed anew again."""
+        """Every evaluation is computed anew again, with its modulation."""
         self._replayed = None
 
     def _network(self, times: Sequence[float]) -> VelocityNetwork | ReplayedNetwork:
         """What a solver at these times calls."""
+        self.model.forget_kernels()
         if self._replayed is None:
             return self.model
         if self._replayed.model is not self.model:

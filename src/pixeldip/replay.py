@@ -5,6 +5,7 @@ at batch 1 a GPU computes a step sooner than Python asks for its kernels; a CUDA
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from .model import DiP
 from .model.heads.unet import UNetHead
 
 MOST_AHEAD = 2**29
-"""Bytes of modulation computed ahead of a solution; where it takes more, images are many, the layers' share small."""
+"""Bytes of modulation kept for a solution; where it takes more, images are many, and the layers' share is small."""
 MOST_RECORDED = 2**20
 """Pixels of a batch up to which graphs are recorded; above, the CPU is ahead without them (benchmarks/LOG.md)."""
 WARM_UP = 2
@@ -22,7 +23,7 @@ WARM_UP = 2
 class ReplayedNetwork:
     """The velocity network (x, t, y) -> v of a model, for one time t that all images share.
 
-    A solution that begins with `begin` is of the weights as they are then.
+    A solution stands between `begin` and `end`, and is of the weights as they are then.
 
     Args:
         graphs: on a CUDA device, record a graph for each shape of x and y, up to `MOST_RECORDED`.
@@ -34,16 +35,27 @@ class ReplayedNetwork:
         self.model, self.graphs = model, graphs
         self._weights: list[tuple[int, int]] = []
         self._times: list[float] = []
-        self._ahead: dict[torch.Size, tuple[Tensor, dict[float, Tensor]]] = {}
-        self._recorded: dict[tuple, _Recording] = {}
+        self._ahead: dict[torch.Size, _Ahead] = {}
+        self._recorder: _Recorder | None = None
 
     def begin(self, times: Sequence[float]) -> None:
         """Before a solution that asks for the velocity at these times."""
         weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
         if weights != self._weights:
-            self._recorded.clear()
+            self._recorder = None
         self._weights, self._times = weights, list(dict.fromkeys(times))
         self._ahead.clear()
+
+    def end(self) -> None:
+        """Lets go of what only this solution needs."""
+        self._ahead.clear()
+
+    def computes_ahead(self, y: Tensor) -> bool:
+        """Whether there is room for the modulation of labels y at all times, beside that of others."""
+        config, dtype = self.model.config, self.model.backbone.blocks[0].modulation.weight.dtype
+        values = len(self._times) * config.depth * y.numel() * 6 * config.hidden_size
+        held = sum(ahead.table.nbytes for shape, ahead in self._ahead.items() if shape != y.shape)
+        return values * dtype.itemsize + held <= MOST_AHEAD
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
@@ -51,23 +63,26 @@ class ReplayedNetwork:
         modulations = self._modulations(t, y)
         if not self.graphs or not recordable(x):
             return self.model(x, x.new_full((len(x),), t), y, modulations=modulations)
-        cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = x.shape, x.dtype, y.shape, modulations is None, cast
-        if key not in self._recorded:
-            self._recorded[key] = _Recording(self.model, x, y, modulations, cast)
-        return self._recorded[key].replay(x, t, y, modulations)
+        if self._recorder is None:
+            self._recorder = _Recorder(self.model, x.device)
+        return self._recorder(x, t, y, modulations)
 
     def _modulations(self, t: float, y: Tensor) -> Tensor | None:
-        """(depth, G B, 6 D) at t; None where all times' would take too much memory, or t was not told of."""
-        config = self.model.config
-        values = len(self._times) * config.depth * y.numel() * 6 * config.hidden_size
-        if values * self.model.dtype.itemsize > MOST_AHEAD or t not in self._times:
-            return None
-        if self._ahead.get(y.shape, (None,))[0] is not y:
+        """(depth, G B, 6 D) at t; None where there is no room for all times', or t was not told of."""
+        ahead = self._ahead.get(y.shape)
+        if ahead is None or ahead.y is not y:
+            if t not in self._times or not self.computes_ahead(y):
+                return None
             times = torch.tensor(self._times, device=y.device)
-            table = self.model.modulations(times, y if y.dim() == 2 else y[None])
-            self._ahead[y.shape] = y, dict(zip(self._times, table))
-        return self._ahead[y.shape][1][t]
+            ahead = self._ahead[y.shape] = _Ahead(y, self.model.modulations(times, y if y.dim() == 2 else y[None]))
+        return ahead.table[self._times.index(t)] if t in self._times else None
+
+
+class _Ahead(NamedTuple):
+    """The modulation (S, depth, G B, 6 D) of labels y at the S times of a solution."""
+
+    y: Tensor
+    table: Tensor
 
 
 def recordable(x: Tensor) -> bool:
@@ -75,31 +90,49 @@ def recordable(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.shape[0] * x.shape[-2:].numel() <= MOST_RECORDED
 
 
+class _Recorder:
+    """The graphs of a model's evaluations on a CUDA device. They work in the same memory, one at a time."""
+
+    def __init__(self, model: DiP, device: torch.device):
+        self.model, self.device = model, device
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.recorded: dict[tuple, _Recording] = {}
+
+    def __call__(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
+        cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = x.shape, x.dtype, y.shape, modulations is None, cast, torch.is_inference_mode_enabled()
+        with torch.cuda.device(self.device):
+            if key not in self.recorded:
+                self.recorded[key] = _Recording(self, x, y, modulations, cast)
+            return self.recorded[key].replay(x, t, y, modulations)
+
+
 class _Recording:
     """An evaluation of one shape as a CUDA graph, which reads and writes tensors of its own."""
 
-    def __init__(self, model: DiP, x: Tensor, y: Tensor, modulations: Tensor | None, cast: torch.dtype | None):
+    def __init__(self, recorder: _Recorder, x: Tensor, y: Tensor, modulations: Tensor | None, cast: torch.dtype | None):
         self.x, self.t, self.y = x.clone(), x.new_zeros(len(x)), y.clone()
         self.modulations = None if modulations is None else modulations.clone()
+        model, stream = recorder.model, recorder.stream
 
         def evaluate() -> Tensor:
             # what autocast makes of weights must not be kept from one evaluation to the next
             with torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False):
                 return model(self.x, self.t, self.y, modulations=self.modulations)
 
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and lets libraries take what they keep
             for _ in range(WARM_UP):
                 evaluate()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=recorder.pool, stream=stream, capture_error_mode="thread_local"):
             self.v = evaluate()
         # the graph reads them, and the head may let go of them
         self.kernels = [dict(head.kept_kernels) for head in model.modules() if isinstance(head, UNetHead)]
 
     def replay(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
+        """As a tensor of its own, for the next graph may write where this one has put it."""
         self.x.copy_(x)
         self.t.fill_(t)
         self.y.copy_(y)

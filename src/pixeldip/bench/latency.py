@@ -36,8 +36,8 @@ def bench_latency(
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
     Args:
-        compiled: also with compiled blocks. Each also as the commands sample: modulation computed ahead, and where
-            it pays replayed from a CUDA graph.
+        compiled: also with compiled blocks. Each also as the commands sample: modulation computed ahead where there
+            is room for it, and replayed from a CUDA graph where that pays.
         heads: also each other head, and no head, in bf16.
         latent: also DiT-XL/2 with its VAE, in bf16.
 
@@ -69,20 +69,20 @@ def noise_and_labels(model: DiP, size: tuple[int, int], batch: int, device: torc
     return x, torch.zeros(batch, dtype=torch.long, device=device)
 
 
-def sampling_contender(
-    network: DiP, x: Tensor, y: Tensor, replayed: bool = False, counted: DiP | None = None
-) -> Contender:
+def replayed(network: DiP) -> ReplayedNetwork:
+    """A network as the commands call it, for the `STEPS` of an image. What is computed ahead is no part of a step."""
+    called = ReplayedNetwork(network)
+    called.begin([TIME + DT * step for step in range(STEPS)])
+    return called
+
+
+def sampling_contender(called: DiP | ReplayedNetwork, x: Tensor, y: Tensor, counted: DiP | None = None) -> Contender:
     """A guided Euler step of a network in evaluation mode, one of the `STEPS` of its images.
 
     Args:
-        replayed: with the modulation of all steps computed ahead, which is not part of the step, and where it pays
-            from a CUDA graph.
         counted: the same network in plain eager code, if this one's FLOPs cannot be counted.
     """
-    called: DiP | ReplayedNetwork = network
-    if replayed:
-        called = ReplayedNetwork(network)
-        called.begin([TIME + DT * step for step in range(STEPS)])
+    network = called.model if isinstance(called, ReplayedNetwork) else called
     velocity = guided_velocity(called, y, network.config.num_classes, GUIDANCE)
 
     @torch.no_grad()
@@ -111,8 +111,11 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, C
         blocks.compile_repeated_blocks(dynamic=False)
     for name, network in networks.items():
         contenders[name] = sampling_contender(network, x, y, counted=half)
-        ahead = f"{name}, {'graphs' if recordable(x) else 'modulation ahead'}"
-        contenders[ahead] = sampling_contender(network, x, y, replayed=True, counted=half)
+        called = replayed(network)
+        if recordable(x):
+            contenders[f"{name}, graphs"] = sampling_contender(called, x, y, counted=half)
+        elif called.computes_ahead(torch.stack([y, y])):
+            contenders[f"{name}, modulation ahead"] = sampling_contender(called, x, y, counted=half)
     return contenders
 
 

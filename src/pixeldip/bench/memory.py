@@ -34,6 +34,7 @@ def bench_memory(
     """Peak memory of a few steps for each batch size, beyond what the process held before it built the model.
 
     On a GPU it is what torch's allocator gave out; on a CPU the resident memory, work space of libraries included.
+    Modulation computed ahead and graphs are not in it.
 
     Args:
         heads: also with each other head, and with none.

@@ -8,7 +8,7 @@ import torch
 
 from ..model import DiP
 from .contenders import Contender, compare
-from .latency import noise_and_labels, sampling_contender
+from .latency import noise_and_labels, replayed, sampling_contender
 from .training import TrainingStep
 
 
@@ -33,7 +33,7 @@ def bench_throughput(
     """
     half = copy.deepcopy(model).eval().requires_grad_(False).to(device).type(torch.bfloat16)
     trainer = TrainingStep(model.to(device), precision)
-    eager, plain = None, None
+    eager, plain = half, None
     if compiled:
         eager, plain = copy.deepcopy(half), copy.deepcopy(model)
         half.compile_repeated_blocks(dynamic=False)
@@ -41,7 +41,7 @@ def bench_throughput(
     contenders: dict[str, Contender] = {}
     for batch in batches:
         x, y = noise_and_labels(model, size, batch, device)
-        contenders[f"sampling, {batch}"] = sampling_contender(half, x, y, replayed=True, counted=eager)
+        contenders[f"sampling, {batch}"] = sampling_contender(replayed(half), x, y, counted=eager)
         contenders[f"training, {batch}"] = trainer.contender(x, y, counted=plain)
     comparison = compare(contenders, rounds, device)
     series = {

@@ -5,7 +5,6 @@ B batch, N patches in raster order, C image channels, P patch side, D hidden siz
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,7 +85,11 @@ class Backbone(nn.Module):
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """What the blocks' modulation layers put out at times t (S,) for labels y (G, B): (S, depth, G B, 6 D)."""
         c = F.silu(self.time_embed(t)[:, None] + self.class_embed(y).flatten(0, 1))
-        return torch.stack([block.modulation(c) for block in self.blocks], dim=1)
+        first = self.blocks[0].modulation(c)
+        whole = first.new_empty(len(t), len(self.blocks), *first.shape[1:])
+        for i, block in enumerate(self.blocks):
+            whole[:, i] = block.modulation(c) if i else first
+        return whole
 
 
 class TimeContext(nn.Module):

@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..flow import OBJECTIVES, VelocityObjective
 from .backbone import Backbone
 from .heads import HEADS
+from .heads.unet import UNetHead
 from .layers import Block
 from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
@@ -127,6 +128,13 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, (Block, *heads)):
                 module.compile(*args, **kwargs)
+
+    def forget_kernels(self) -> None:
+        """Composes the head's kernels anew at its next call, as every call of a pipeline does: weights may have changed
+        without a trace, by a fused optimizer or through their `.data`."""
+        for module in self.modules():
+            if isinstance(module, UNetHead):
+                module.forget_kernels()
 
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """What the blocks' modulation layers put out, for a `forward` at one of these times with these labels.

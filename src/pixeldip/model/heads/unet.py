@@ -123,13 +123,18 @@ class UNetHead(nn.Module):
             return F.silu(raised + seen)
         return F.silu(raised.unflatten(0, (g, -1)) + seen).flatten(0, 1)
 
-    def train(self, mode: bool = True) -> "UNetHead":
-        """As elsewhere; forgets kept kernels, for fused optimizers change weights without leaving a trace."""
+    def forget_kernels(self) -> None:
+        """After weights may have changed without a trace: by a fused optimizer, or through their `.data`."""
         self.kept_kernels.clear()
+
+    def train(self, mode: bool = True) -> "UNetHead":
+        """As elsewhere; forgets kept kernels."""
+        self.forget_kernels()
         return super().train(mode)
 
     def _composed(self, i: int, side: int) -> Composed:
-        """Of stage i; in evaluation mode without gradients kept from call to call, until a weight changes or moves."""
+        """Of stage i; in evaluation mode without gradients kept from call to call, until a weight changes or moves,
+        as far as it leaves a trace."""
         up, merge = self.up[i], self.merge[i]
         weights = (up.weight, up.bias, merge.weight, merge.bias)
         kept = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
