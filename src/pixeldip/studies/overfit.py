@@ -168,8 +168,9 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
 def _row(label: str, result: dict[str, Any], training: dict[str, Any]) -> list[str]:
     curve = {int(step): value for step, value in result["psnr"].items()}
     half = curve[min(curve, key=lambda step: abs(step - training["steps"] / 2))]
+    loss = np.mean([loss for step, loss in result["loss"].items() if int(step) > 0.9 * training["steps"]])
     seconds = training["steps"] * training["batch_size"] / result["images_per_second"]
-    return [label, f"{half:.1f} dB", f"{curve[max(curve)]:.1f} dB", clock(seconds)]
+    return [label, f"{half:.1f} dB", f"{curve[max(curve)]:.1f} dB", f"{loss:.3g}", clock(seconds)]
 
 
 def _zoom(picture: Image.Image) -> Image.Image:
