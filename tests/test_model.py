@@ -179,9 +179,12 @@ def test_composed_convolutions_are_the_plain_ones(patch_size: int, depth: int | 
     torch.testing.assert_close(made, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
     for gradient, plain_gradient in zip(torch.autograd.grad(made.square().sum(), list(head.parameters())), wanted):
         torch.testing.assert_close(gradient, plain_gradient, rtol=1e-3, atol=1e-4 * plain_gradient.abs().max().item())
+    with torch.no_grad():
+        kept = head.eval()(patch, context)
+    torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
 
 
-KEPT_OF_8_PIXELS = {("down", 2), ("up", 0), ("up", 1), ("up", 2)}
+KEPT_OF_8_PIXELS = {("down", 2), ("up", 0, 4), ("up", 1, 2), ("up", 2, 1)}
 
 
 def test_kept_kernels_follow_the_weights() -> None:
@@ -244,7 +247,8 @@ def test_wrapped_and_hooked_layers_are_called() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    for name, layer in [("merge", head.merge[0]), ("bottleneck", head.bottleneck)]:
+    for name in ("down.2", "merge.0", "merge.2", "bottleneck"):
+        layer = head.get_submodule(name)
         layer.__class__ = Doubled
         wrapped = head(patch, context)
         expected = torch.stack([plain_unet(head, patch, c) for c in context])

@@ -1,7 +1,8 @@
 """A replayed network is its model: modulation ahead of the solution, and on a CUDA device graphs, change no image."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pixeldip import DiP, DiPPipeline, UserError, replay
 from pixeldip.flow import SOLVERS, guided_velocity, time_grid
 from pixeldip.replay import ReplayedNetwork
+from pixeldip.sampling import load_pipeline
 
 from .conftest import TINY_MODEL, opened_up
 
@@ -88,11 +90,12 @@ def test_without_room_and_at_other_times_each_step_has_its_own(monkeypatch: pyte
     assert rows == [2, 4, 4, 4, 4, 4]
     config = network.model.config
     for_two = 7 * config.depth * 2 * 6 * config.hidden_size * 4
-    monkeypatch.setattr(replay, "MOST_AHEAD", 2.5 * for_two)  # room for the unguided step's labels, or the guided ones'
-    same(network)
-    with modulation_calls(network.model) as rows:
-        solution(network)
-    assert rows == [7 * 2, 4, 4, 4, 4, 4]
+    for room, calls in ((1.5, [7 * 2, 4, 4, 4, 4, 4]), (2.5, [7 * 2, 7 * 4])):  # one table at a time
+        monkeypatch.setattr(replay, "MOST_AHEAD", room * for_two)
+        same(network)
+        with modulation_calls(network.model) as rows:
+            solution(network)
+        assert rows == calls
 
 
 def test_pipelines_compute_modulation_ahead_when_asked() -> None:
@@ -105,12 +108,36 @@ def test_pipelines_compute_modulation_ahead_when_asked() -> None:
     plain = images()
     pipe.enable_precomputed_modulation()
     with modulation_calls(pipe.model) as rows:
-        ahead = images()
+        torch.testing.assert_close(images(), plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
         assert len(rows) == 2
         pipe.disable_precomputed_modulation()
         images()
         assert len(rows) == 2 + 6
-    torch.testing.assert_close(ahead, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_pipeline_keeps_no_modulation(stopped: bool) -> None:
+    pipe = DiPPipeline(tiny(), height=16, width=16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_precomputed_modulation()
+    tables = []
+
+    def on_step(*_: object) -> None:
+        tables.append(pipe._replayed._ahead)
+        if stopped:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped") if stopped else nullcontext():
+        pipe([2, 0], num_inference_steps=6, callback_on_step_end=on_step)
+    assert None not in tables and pipe._replayed._ahead is None
+
+
+def test_commands_compute_modulation_ahead(tmp_path: Path) -> None:
+    DiPPipeline(tiny(), height=16, width=16).save_pretrained(tmp_path)
+    pipe = load_pipeline(str(tmp_path), torch.device("cpu"))
+    with modulation_calls(pipe.model) as rows:
+        pipe([2, 0], num_inference_steps=6, guidance_interval=(0.0, 1.0))
+    assert len(rows) == 1
 
 
 def test_graphs_want_a_cuda_device() -> None:

@@ -207,13 +207,13 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             where = "" if isinstance(given, dict) else f" {given}"
             raise UserError(f"LoRA weights{where}: {' '.join(str(error).split())}") from error
 
-    def fuse_lora(self, components: Sequence[str] = ("model",), **kwargs: Any) -> None:
-        """As elsewhere in diffusers."""
-        super().fuse_lora(list(components), **kwargs)
+    def fuse_lora(self, components: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """As elsewhere in diffusers; by default of the model, the only component that adapters go to."""
+        super().fuse_lora(list(components or self._lora_loadable_modules), *args, **kwargs)
 
-    def unfuse_lora(self, components: Sequence[str] = ("model",), **kwargs: Any) -> None:
-        """As elsewhere in diffusers."""
-        super().unfuse_lora(list(components), **kwargs)
+    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """As elsewhere in diffusers, likewise."""
+        super().unfuse_lora(list(components or self._lora_loadable_modules), **kwargs)
 
     def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str = "default") -> None:
         """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder."""
@@ -384,8 +384,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         self._replayed = self._replayed or ReplayedNetwork(self.model, graphs=False)
 
     def disable_precomputed_modulation(self) -> None:
-        """Every evaluation is computed anew again; CUDA graphs are disabled, too."""
-        self._replayed = None
+        """As `disable_cuda_graphs`, for both go together."""
+        self.disable_cuda_graphs()
 
     def enable_cuda_graphs(self) -> None:
         """From now on calls record what the device does for one evaluation, and replay it for the others.

@@ -35,7 +35,7 @@ class ReplayedNetwork:
         self.model, self.graphs = model, graphs
         self._weights: list[tuple[int, int]] = []
         self._times: list[float] = []
-        self._ahead: dict[torch.Size, _Ahead] = {}
+        self._ahead: _Ahead | None = None
         self._recorder: _Recorder | None = None
 
     def begin(self, times: Sequence[float]) -> None:
@@ -44,18 +44,17 @@ class ReplayedNetwork:
         if weights != self._weights:
             self._recorder = None
         self._weights, self._times = weights, list(dict.fromkeys(times))
-        self._ahead.clear()
+        self._ahead = None
 
     def end(self) -> None:
         """Lets go of what only this solution needs."""
-        self._ahead.clear()
+        self._ahead = None
 
     def computes_ahead(self, y: Tensor) -> bool:
-        """Whether there is room for the modulation of labels y at all times, beside that of others."""
+        """Whether there is room for the modulation of labels y at all times."""
         config, dtype = self.model.config, self.model.backbone.blocks[0].modulation.weight.dtype
         values = len(self._times) * config.depth * y.numel() * 6 * config.hidden_size
-        held = sum(ahead.table.nbytes for shape, ahead in self._ahead.items() if shape != y.shape)
-        return values * dtype.itemsize + held <= MOST_AHEAD
+        return values * dtype.itemsize <= MOST_AHEAD
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
@@ -69,20 +68,24 @@ class ReplayedNetwork:
 
     def _modulations(self, t: float, y: Tensor) -> Tensor | None:
         """(depth, G B, 6 D) at t; None where there is no room for all times', or t was not told of."""
-        ahead = self._ahead.get(y.shape)
-        if ahead is None or ahead.y is not y:
-            if t not in self._times or not self.computes_ahead(y):
+        if t not in self._times:
+            return None
+        ahead = self._ahead
+        if ahead is None or ahead.y is not y:  # guidance begins or ends
+            self._ahead = None
+            if not self.computes_ahead(y):
                 return None
             times = torch.tensor(self._times, device=y.device)
-            ahead = self._ahead[y.shape] = _Ahead(y, self.model.modulations(times, y if y.dim() == 2 else y[None]))
-        return ahead.table[self._times.index(t)] if t in self._times else None
+            table = self.model.modulations(times, y if y.dim() == 2 else y[None])
+            ahead = self._ahead = _Ahead(y, dict(zip(self._times, table)))
+        return ahead.at[t]
 
 
 class _Ahead(NamedTuple):
-    """The modulation (S, depth, G B, 6 D) of labels y at the S times of a solution."""
+    """The modulation (depth, G B, 6 D) of labels y at each time of a solution."""
 
     y: Tensor
-    table: Tensor
+    at: dict[float, Tensor]
 
 
 def recordable(x: Tensor) -> bool:

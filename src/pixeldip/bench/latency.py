@@ -70,7 +70,10 @@ def noise_and_labels(model: DiP, size: tuple[int, int], batch: int, device: torc
 
 
 def replayed(network: DiP) -> ReplayedNetwork:
-    """A network as the commands call it, for the `STEPS` of an image. What is computed ahead is no part of a step."""
+    """A network as the commands call it, for the `STEPS` of an image.
+
+    What is computed ahead is no part of a step, and stays in memory; the limit counts the weights that it spares.
+    """
     called = ReplayedNetwork(network)
     called.begin([TIME + DT * step for step in range(STEPS)])
     return called

@@ -62,7 +62,7 @@ class UNetHead(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(w, w, 2, stride=2) for w in widths)
         self.merge = nn.ModuleList(nn.Conv2d(2 * a, b, 3, padding=1) for a, b in zip(widths, merged, strict=True))
         self.out = nn.Conv2d(widths[0], in_channels, 1)
-        self.kept_kernels: dict[tuple[str, int], tuple[tuple, Kernels]] = {}
+        self.kept_kernels: dict[tuple, tuple[tuple, Kernels]] = {}
         self._compiled: Callable[..., Tensor] | None = None
         self._initialise()
         self.to(memory_format=torch.channels_last)
@@ -93,10 +93,10 @@ class UNetHead(nn.Module):
             half = (side + 1) // 2
             lower, upper = None, None
             if side == 2 and _plain(down):
-                lower = self._kept(("down", i), (down.weight, down.bias), as_matrix)
+                lower = self._kept(("down", i), (down.weight, down.bias), _of_two_pixels)
             if side == 2 * half and _plain(up, merge):
                 weights = (up.weight, up.bias, merge.weight, merge.bias)
-                upper = self._kept(("up", i), weights, functools.partial(compose, side=half))
+                upper = self._kept(("up", i, half), weights, functools.partial(compose, side=half))
             stages.append(Stage(lower, upper))
             side = half
         return stages
@@ -156,12 +156,12 @@ class UNetHead(nn.Module):
         """What `make` makes of weights; in evaluation mode without gradients kept from call to call, until a weight
         changes or moves, as far as it leaves a trace."""
         kept = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not kept or any(weight.is_inference() for weight in weights):
+        if not kept or any(weight.is_inference() or weight.is_meta for weight in weights):
             return make(*weights)
         weight = weights[0]
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        state = dtype, [(w.data_ptr(), w._version) for w in weights], getattr(make, "keywords", None)
+        state = dtype, [(w.data_ptr(), w._version) for w in weights]
         if name not in self.kept_kernels or self.kept_kernels[name][0] != state:
             with torch.autocast(device, enabled=False):
                 parts = make(*(w.float() for w in weights))
@@ -184,17 +184,15 @@ def _plain(*layers: nn.Module) -> bool:
     )
 
 
-def as_matrix(kernel: Tensor, bias: Tensor) -> Kernels:
-    """A 3 x 3 convolution of images of 2 x 2 pixels, in which every pixel sees all four, as a matrix.
-
-    Args:
-        kernel: (out, in, 3, 3), its bias (out,).
-
-    Returns:
-        The matrix (4 out, 4 in) and the bias (4 out,), pixels in raster order before channels.
-    """
+def as_matrix(kernel: Tensor) -> Tensor:
+    """A 3 x 3 convolution (out, in, 3, 3) of images of 2 x 2 pixels, in which every pixel sees all four, as a matrix
+    (4 out, 4 in), pixels in raster order before channels."""
     seen = [kernel[..., 1 - i : 3 - i, 1 - j : 3 - j] for i in (0, 1) for j in (0, 1)]
-    return torch.stack(seen).permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1), bias.repeat(4)
+    return torch.stack(seen).permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)
+
+
+def _of_two_pixels(kernel: Tensor, bias: Tensor) -> Kernels:
+    return as_matrix(kernel), bias.repeat(4)
 
 
 def _product(h: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -220,10 +218,9 @@ def compose(up: Tensor, up_bias: Tensor, merge: Tensor, merge_bias: Tensor, side
     """
     middle = up.shape[1]
     if side == 1:
-        matrix, bias = as_matrix(merge[:, :middle], merge_bias)
-        raises = up.permute(2, 3, 1, 0).flatten(0, 2)  # (4 w, in)
-        seen, _ = as_matrix(merge[:, middle:], merge_bias)
-        return matrix @ raises, seen, F.linear(up_bias.repeat(4), matrix, bias)
+        matrix, raises = as_matrix(merge[:, :middle]), up.permute(2, 3, 1, 0).flatten(0, 2)  # (4 out, 4 w), (4 w, in)
+        bias = F.linear(up_bias.repeat(4), matrix, merge_bias.repeat(4))
+        return matrix @ raises, as_matrix(merge[:, middle:]), bias
     # as a transposed convolution, whose gradient takes half the time of the convolution's with padding
     kernel = F.conv_transpose2d(up, merge[:, :middle].transpose(0, 1).flip(-1, -2))
     flat = up_bias.view(1, -1, 1, 1).expand(1, middle, 2 * side, 2 * side)
