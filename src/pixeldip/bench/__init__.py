@@ -111,7 +111,7 @@ def _table(result: Mapping[str, Any]) -> list[Any]:
     rows = result["steps"]
     columns = [column for column in COLUMNS if any(column in row for row in rows.values())]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("", no_wrap=True)
+    table.add_column("")  # which wraps where the terminal is narrow, and figures do not
     for column in columns:
         table.add_column(COLUMNS[column][0], justify="right", no_wrap=True)
     for name, row in rows.items():
