@@ -177,8 +177,9 @@ def test_overfitting_any_photograph(tmp_path: Path) -> None:
         assert Image.open(out / "runs" / contender / "reconstruction.png").size == (64, 64)
     assert {path.name for path in (out / "figures").iterdir()} == {
         *("dit-only.png", "dit-only-zoom.png", "dip.png", "dip-zoom.png"),
-        *("the-photograph.png", "the-photograph-zoom.png", "psnr.svg"),
+        *("the-photograph.png", "the-photograph-zoom.png", "over-time.png", "psnr.svg"),
     }
+    assert Image.open(out / "figures" / "over-time.png").size == (128, 260)  # one step, two networks
     assert "mine.jpg" in (out / "report.html").read_text()
 
 

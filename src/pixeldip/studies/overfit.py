@@ -16,7 +16,7 @@ from rich.console import Console
 from ..data import BrokenImage, centre_crop, decode
 from ..errors import UserError
 from ..files import file_sha256
-from ..images import display_scale, enlarged, psnr
+from ..images import display_scale, enlarged, grid, psnr
 from ..processes import Processes
 from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
@@ -35,6 +35,9 @@ LARGEST_PSNR = 100.0
 """In dB; what an equal image counts as, since JSON has no infinity."""
 ZOOM = 4
 """The zoom shows the middle of the image, 1 / ZOOM of its sides."""
+STAGES = (1 / 24, 1 / 12, 1 / 6, 1 / 3, 2 / 3, 1)
+"""Shares of the training after which the report shows samples."""
+STAGE_WIDTH = 160
 
 
 def contenders(scale: Scale) -> tuple[Contender, ...]:
@@ -143,6 +146,8 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
         enlarged.save(figures / f"{name}.png", optimize=True)
         zoom.save(figures / f"{name}-zoom.png", optimize=True)
         shown.append((label, name, data_uri(enlarged), data_uri(zoom)))
+    steps, over_time = _over_time([out / "runs" / contender.name for contender in named], side, recipe)
+    over_time.save(figures / "over-time.png", optimize=True)
     curve = to_svg(_curve(results))
     (figures / "psnr.svg").write_text(curve, encoding="utf-8")
     training = recipe["training"]
@@ -150,6 +155,8 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
         "study": OVERFIT,
         "scale": scale,
         "shown": shown,
+        "stages": ", ".join(map(str, steps)),
+        "over_time": data_uri(over_time),
         "curve": curve,
         "table": [_row(label, result, training) for label, result in results.items()],
         "facts": {
@@ -171,6 +178,19 @@ def _row(label: str, result: dict[str, Any], training: dict[str, Any]) -> list[s
     loss = np.mean([loss for step, loss in result["loss"].items() if int(step) > 0.9 * training["steps"]])
     seconds = training["steps"] * training["batch_size"] / result["images_per_second"]
     return [label, f"{half:.1f} dB", f"{curve[max(curve)]:.1f} dB", f"{loss:.3g}", clock(seconds)]
+
+
+def _over_time(folders: Sequence[Path], size: tuple[int, int], recipe: dict[str, Any]) -> tuple[list[int], Image.Image]:
+    """The steps nearest to `STAGES`, and a row for each run with its samples of seed 0, (width, height) pixels."""
+    width, height = size
+    runs = [read_previews(folder, (height, width), recipe["preview"]["images"]) for folder in folders]
+    common, asked = sorted(set.intersection(*map(set, runs))), recipe["training"]["steps"]
+    steps = list(dict.fromkeys(min(common, key=lambda step: abs(step - share * asked)) for share in STAGES))
+    pictures = [Image.fromarray(run[step][0]) for run in runs for step in steps]
+    if width > STAGE_WIDTH:
+        small = STAGE_WIDTH, round(height * STAGE_WIDTH / width)
+        pictures = [picture.resize(small, Image.Resampling.LANCZOS) for picture in pictures]
+    return steps, grid(pictures, len(steps), gap=4, scale=display_scale(pictures[0].width, STAGE_WIDTH))
 
 
 def _zoom(picture: Image.Image) -> Image.Image:
