@@ -85,10 +85,12 @@ class Backbone(nn.Module):
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """What the blocks' modulation layers put out at times t (S,) for labels y (G, B): (S, depth, G B, 6 D)."""
         c = F.silu(self.time_embed(t)[:, None] + self.class_embed(y).flatten(0, 1))
-        first = self.blocks[0].modulation(c)
-        whole = first.new_empty(len(t), len(self.blocks), *first.shape[1:])
-        for i, block in enumerate(self.blocks):
-            whole[:, i] = block.modulation(c) if i else first
+        first, *others = self.blocks
+        made = first.modulation(c)
+        whole = made.new_empty(len(t), len(self.blocks), *made.shape[1:])  # a stack would need the memory twice
+        whole[:, 0] = made
+        for i, block in enumerate(others, start=1):
+            whole[:, i] = block.modulation(c)
         return whole
 
 

@@ -155,7 +155,7 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
         "study": OVERFIT,
         "scale": scale,
         "shown": shown,
-        "stages": ", ".join(map(str, steps)),
+        "stages": f"After {', '.join(map(str, steps))} steps: {', below it '.join(results)}; seed 0.",
         "over_time": data_uri(over_time),
         "curve": curve,
         "table": [_row(label, result, training) for label, result in results.items()],

@@ -152,7 +152,7 @@ class UNetHead(nn.Module):
         self.forget_kernels()
         return super().train(mode)
 
-    def _kept(self, name: tuple[str, int], weights: tuple[Tensor, ...], make: Callable[..., Kernels]) -> Kernels:
+    def _kept(self, name: tuple, weights: tuple[Tensor, ...], make: Callable[..., Kernels]) -> Kernels:
         """What `make` makes of weights; in evaluation mode without gradients kept from call to call, until a weight
         changes or moves, as far as it leaves a trace."""
         kept = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
