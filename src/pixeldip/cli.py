@@ -20,6 +20,7 @@ from .settings import (
     NonNegative,
     PlanOptions,
     Positive,
+    Precision,
     SamplingFlags,
     Solver,
     check_flags,
@@ -142,7 +143,8 @@ class SampleArguments(SamplingFlags):
     width: Positive | None = None
     batch_size: Positive = 32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
+    """int8: products of the backbone's linear layers, faster and a little less exact than bf16; most so compiled."""
     compile: bool = False
     """Compile the model's blocks first: worth its half minute for many images, or large ones."""
 
@@ -172,7 +174,7 @@ class EvaluateArguments(EvaluationOptions, SamplingFlags):
     save_images: Path | None = None
     """Keep the samples of a model: a folder, or FILE.npz."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """Of a model; the feature networks always compute in fp32."""
     compile: bool = False
     """Compile the blocks of a model first."""
@@ -277,7 +279,7 @@ class SweepArguments(EvaluationOptions):
     out: Path = Path("runs/sweep")
     """Folder of the numbers and the report."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     compile: bool = False
     """Compile the model's blocks first."""
 
@@ -360,7 +362,7 @@ class BenchArguments:
     """scaling."""
     rounds: Annotated[int, Field(ge=3)] = 11
     compile: bool = False
-    """With torch.compile of the blocks; latency and training: also."""
+    """With torch.compile of the blocks; latency (also in int8) and training: also."""
     heads: bool = False
     """latency, training, memory: also each other head, and DiT-only, as in Table 2."""
     latent: bool = False
@@ -394,7 +396,7 @@ class AppArguments:
     open: bool = False
     """Open the page in the browser."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     max_images: Positive = 16
     """The most images of one request."""
     max_steps: Positive = 250

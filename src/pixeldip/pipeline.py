@@ -194,9 +194,11 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         `unload_lora_weights` work as elsewhere in diffusers.
 
         Raises:
-            UserError: if PEFT is not installed, or the weights belong to another model.
+            UserError: if PEFT is not installed, the weights belong to another model, or this one is in int8.
         """
         _check_peft()
+        if self.model.in_int8:
+            raise UserError("LoRA weights: layers in int8 take none; load and fuse them before quantize_to_int8()")
         kwargs.setdefault("use_safetensors", True)
         try:
             self.model.load_lora_adapter(

@@ -117,7 +117,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """float32 or bfloat16; "auto" is bfloat16 where the device has instructions for it."""
+    """float32, bfloat16 or int8; "auto" is bfloat16 where the device has instructions for it.
+
+    Raises:
+        UserError: if the device does not multiply 8-bit integers.
+    """
+    if name == "int8":
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"precision int8: not on the {device.type} device; use bf16")
+        return torch.int8
     if name == "fp32" or (name == "auto" and not _computes_in_bf16(device)):
         return torch.float32
     return torch.bfloat16

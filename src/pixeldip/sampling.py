@@ -62,6 +62,7 @@ def load_pipeline(
     modulation is precomputed, and on a CUDA device it samples by CUDA graphs.
 
     Args:
+        precision: int8 is of the backbone's linear layers, the rest in what "auto" is.
         compiled: with compiled blocks, which is done for each batch size when it first occurs.
 
     Raises:
@@ -72,8 +73,11 @@ def load_pipeline(
         pipeline = DiPPipeline.from_pretrained(model).to(device)
     except OSError as error:  # of the hub's client, whose message says what is not cached
         raise UserError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from error
-    if precision != pipeline.dtype:
-        pipeline.model.type(precision)  # which, unlike diffusers' to, says nothing about modules to keep in float32
+    weights = choose_precision("auto", device) if precision == torch.int8 else precision
+    if weights != pipeline.dtype:
+        pipeline.model.type(weights)  # which, unlike diffusers' to, says nothing about modules to keep in float32
+    if precision == torch.int8:
+        pipeline.model.quantize_to_int8()
     if compiled:
         pipeline.model.compile_repeated_blocks(dynamic=False)
     if device.type == "cuda":
@@ -126,7 +130,9 @@ class SampledImages:
         name: str = "model",
     ):
         self.pipeline, self.settings, self.seeds = pipeline, settings, seeds
-        self.precision = precision if pipeline.dtype == torch.float32 else pipeline.dtype
+        self.cast = precision if pipeline.dtype == torch.float32 else torch.float32  # others as they are
+        in_int8 = pipeline.model.in_int8
+        self.precision = torch.int8 if in_int8 else precision if pipeline.dtype == torch.float32 else pipeline.dtype
         self.name = name
         self.height, self.width = height or pipeline.config.height, width or pipeline.config.width
         self.chosen = [pipeline.class_id(c) for c in classes] or list(range(pipeline.model.config.num_classes))
@@ -153,8 +159,7 @@ class SampledImages:
             UserError: if the model puts out anything that is not a number.
         """
         part = slice(start, stop)
-        cast = self.precision if self.pipeline.dtype == torch.float32 else torch.float32  # others as they are
-        with autocast(self.pipeline.device, cast):
+        with autocast(self.pipeline.device, self.cast):
             x = self.pipeline(
                 None if self.labels is None else self.labels[part].tolist(),
                 seeds=self.seeds[part],

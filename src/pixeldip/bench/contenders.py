@@ -4,13 +4,23 @@ import dataclasses
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import UserError
 from ..processes import precision_name
 from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns
+
+
+class Int8Part(NamedTuple):
+    """FLOPs and weights of a step's products of 8-bit integers."""
+
+    flops: int = 0
+    weights: int = 0
+
+
+NO_INT8 = Int8Part()
 
 
 @dataclass
@@ -23,6 +33,7 @@ class Contender:
         precision: of the products, and of the weights as a sampling step reads them.
         counted: makes the same step as plain eager code, of so many images, where the FLOPs of the step itself cannot
             be counted.
+        int8: the part of the step, and of the parameters, that is in int8.
     """
 
     step: Step
@@ -31,6 +42,11 @@ class Contender:
     precision: torch.dtype
     parameters: int
     counted: Callable[[int], Step] | None = None
+    int8: Int8Part = NO_INT8
+
+    @property
+    def precisions(self) -> tuple[torch.dtype, ...]:
+        return (self.precision, torch.int8) if self.int8.flops else (self.precision,)
 
     def flops(self) -> int:
         """Of a step. Where one and two images are counted, it is what every further image takes that counts."""
@@ -38,6 +54,17 @@ class Contender:
             return count_flops(self.step)
         one = _count_again(self.counted(1))
         return one if self.batch == 1 else one + (self.batch - 1) * (_count_again(self.counted(2)) - one)
+
+    def floor(self, flops: int, ceilings: Mapping[torch.dtype, Ceilings]) -> float:
+        """Seconds that a step of so many FLOPs takes at the ceilings, or reading its weights once, whichever is
+        longer."""
+        products = {self.precision: flops - self.int8.flops}
+        weights = {self.precision: self.parameters - self.int8.weights}
+        if self.int8.flops:
+            products[torch.int8], weights[torch.int8] = self.int8
+        computing = sum(count / ceilings[precision].flops for precision, count in products.items())
+        weight_bytes = sum(count * precision.itemsize for precision, count in weights.items())
+        return max(computing, weight_bytes / ceilings[self.precision].bandwidth)
 
 
 def _count_again(step: Step) -> int:
@@ -74,13 +101,12 @@ def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.devi
     device's ceilings put under it, and the share of that limit reached.
     """
     seconds = take_turns({name: contender.step for name, contender in contenders.items()}, rounds, device)
-    precisions = dict.fromkeys(contender.precision for contender in contenders.values())
+    precisions = dict.fromkeys(precision for contender in contenders.values() for precision in contender.precisions)
     ceilings = {precision: Ceilings.measure(device, precision) for precision in precisions}
     rows = {}
     for name, contender in contenders.items():
         times, flops = Times.of(seconds[name]), contender.flops()
-        weight_bytes = contender.parameters * contender.precision.itemsize
-        floor = ceilings[contender.precision].floor(flops, weight_bytes)
+        floor = contender.floor(flops, ceilings)
         rows[name] = {
             "parameters": contender.parameters,
             "milliseconds": 1e3 * times.median,

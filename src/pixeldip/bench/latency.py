@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..flow import guided_velocity
-from ..model import DiP
+from ..model import DiP, Int8Linear
 from ..processes import autocast
 from ..replay import ReplayedNetwork, recordable
-from .contenders import Contender, compare
+from .contenders import Contender, Int8Part, compare
 from .heads import other_heads
 from .latent import STEPS as LATENT_STEPS
 from .latent import LatentModel
@@ -36,8 +36,8 @@ def bench_latency(
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
     Args:
-        compiled: also with compiled blocks. Each also as the commands sample: modulation computed ahead where there
-            is room for it, and replayed from a CUDA graph where that pays.
+        compiled: also with compiled blocks, in bf16 and in int8. Each also as the commands sample: modulation computed
+            ahead where there is room for it, and replayed from a CUDA graph where that pays.
         heads: also each other head, and no head, in bf16.
         latent: also DiT-XL/2 with its VAE, in bf16.
 
@@ -95,8 +95,16 @@ def sampling_contender(called: DiP | ReplayedNetwork, x: Tensor, y: Tensor, coun
     def plain(images: int) -> Step:
         return sampling_contender(counted, x[:1].expand(images, -1, -1, -1), y[:1].expand(images)).step
 
-    eager = plain if counted else None
-    return Contender(step, len(x), len(x) / STEPS, network.dtype, network.num_parameters(), eager)
+    int8 = _int8_part(network, x)
+    parameters = network.num_parameters() + int8.weights
+    return Contender(step, len(x), len(x) / STEPS, network.dtype, parameters, plain if counted else None, int8)
+
+
+def _int8_part(network: DiP, x: Tensor) -> Int8Part:
+    """Of a guided step of images x."""
+    tokens = 2 * len(x) * x.shape[-2:].numel() // network.config.patch_size**2
+    weights = sum(module.values.numel() for module in network.modules() if isinstance(module, Int8Linear))
+    return Int8Part(2 * tokens * weights, weights)
 
 
 def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, Contender]:
@@ -110,8 +118,11 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, C
     contenders["ours, fp32"] = sampling_contender(model, x, y)
     networks = {"ours, bf16": half}
     if compiled:
-        networks["ours, bf16, compiled"] = blocks = copy.deepcopy(half)
-        blocks.compile_repeated_blocks(dynamic=False)
+        integers = copy.deepcopy(half)
+        integers.quantize_to_int8()
+        networks |= {"ours, bf16, compiled": copy.deepcopy(half), "ours, int8, compiled": integers}
+        for name in ("ours, bf16, compiled", "ours, int8, compiled"):
+            networks[name].compile_repeated_blocks(dynamic=False)
     for name, network in networks.items():
         contenders[name] = sampling_contender(network, x, y, counted=half)
         called = replayed(network)

@@ -1,5 +1,6 @@
 """Times that can be believed: contenders take turns on a warm machine, with clocks that wait for the device."""
 
+import functools
 import math
 import statistics
 import time
@@ -89,12 +90,13 @@ class Ceilings:
     @classmethod
     def measure(cls, device: torch.device, precision: torch.dtype) -> "Ceilings":
         n, length = CEILING_SIZES["cuda" if device.type == "cuda" else "cpu"]
-        a, b = (torch.randn(n, n, device=device, dtype=precision) for _ in range(2))
+        if precision == torch.int8:
+            a, b = (torch.randint(-128, 128, (n, n), device=device, dtype=precision) for _ in range(2))
+            product = functools.partial(torch._int_mm, a, b.t())
+        else:
+            a, b = (torch.randn(n, n, device=device, dtype=precision) for _ in range(2))
+            product = functools.partial(torch.mm, a, b)
         source = torch.zeros(length, device=device, dtype=torch.uint8)
         target = torch.empty_like(source)
-        seconds = take_turns({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 7, device)
+        seconds = take_turns({"product": product, "copy": lambda: target.copy_(source)}, 7, device)
         return cls(2 * n**3 / min(seconds["product"]), 2 * length / min(seconds["copy"]))
-
-    def floor(self, flops: float, weight_bytes: float) -> float:
-        """Seconds that so many FLOPs take, or reading the weights once does, whichever is longer."""
-        return max(flops / self.flops, weight_bytes / self.bandwidth)

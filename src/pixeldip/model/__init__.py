@@ -2,7 +2,8 @@
 
 from .dip import DiP, check_size
 from .heads import HEADS
+from .int8 import Int8Linear
 from .placement import PLACEMENTS
 from .presets import PRESETS, Preset
 
-__all__ = ["HEADS", "PLACEMENTS", "PRESETS", "DiP", "Preset", "check_size"]
+__all__ = ["HEADS", "PLACEMENTS", "PRESETS", "DiP", "Int8Linear", "Preset", "check_size"]

@@ -16,6 +16,7 @@ from ..flow import OBJECTIVES, VelocityObjective
 from .backbone import Backbone
 from .heads import HEADS
 from .heads.unet import UNetHead
+from .int8 import Int8Linear, quantizable
 from .layers import Block
 from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
@@ -128,6 +129,39 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, (Block, *heads)):
                 module.compile(*args, **kwargs)
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether `quantize_to_int8` was called."""
+        return any(isinstance(module, Int8Linear) for module in self.modules())
+
+    def quantize_to_int8(self) -> None:
+        """From now on, for inference, the backbone's linear layers multiply 8-bit integers: attention's and the MLPs',
+        weights rounded once for all, tokens as they come.
+
+        Faster than bf16 by what the device multiplies such integers faster, on a CPU with VNNI 1.3 to 1.4 times, for
+        images that differ from fp32's by some 3 dB more than bf16's do. The weights in floating point are let go of.
+
+        Raises:
+            UserError: if adapters are loaded, which such layers cannot take.
+        """
+        if getattr(self, "peft_config", None):
+            raise UserError("int8: fuse the adapters and unload them first: fuse_lora(), then unload_lora_weights()")
+        for block in self.backbone.blocks:
+            for part in (block.attention, block.mlp):
+                for name, layer in list(part.named_children()):
+                    if quantizable(layer):
+                        setattr(part, name, Int8Linear(layer))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers.
+
+        Raises:
+            UserError: if it is in int8: its weights are those of the file it came from no longer.
+        """
+        if self.in_int8:
+            raise UserError("a model in int8 is not saved: save it first, and quantize it each time it is loaded")
+        super().save_pretrained(*args, **kwargs)
 
     def forget_kernels(self) -> None:
         """Composes the head's kernels anew at its next call, as every call of a pipeline does: weights may have changed

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# All figures of docs/speed.md again: bash benchmarks/speed.sh {cpu|cuda} MACHINE [FOLDER]
+# Files end in the machine's name. Half an hour on two CPU cores, ten minutes on an H200. What fails is named at the end.
+set -u
+device=$1 machine=$2 folder=${3:-benchmarks/results} failed=()
+root=$(cd "$(dirname "$0")/.." && pwd)
+pixeldip=$root/.venv/bin/pixeldip
+[ -x "$pixeldip" ] || pixeldip=pixeldip
+
+measure() { # FILE WHAT FLAGS…
+    echo "== $*"
+    "$pixeldip" bench "${@:2}" --device "$device" --out "$folder/$1_$machine.json" || failed+=("$1")
+}
+
+if [ "$device" = cpu ]; then
+    measure latency latency --rounds 7 --compile --heads
+    measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --latent
+    measure training training --batch 8 --rounds 5 --compile
+    measure training_heads training --model dip-s/16 --batch 4 --rounds 5 --heads
+    measure throughput throughput --model dip-s/16 --batches 1 2 4 8 --rounds 5
+    measure memory memory --batches 1 4 8
+    measure memory_xl memory --model dip-xl/16 --batches 1 2 --heads
+    measure scaling scaling --model dip-s/16 --height 128 --width 128 --batch 4 --processes 1 2 --rounds 7
+else
+    measure training_xl training --model dip-xl/16 --batch 256 --rounds 5 --compile
+    measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --latent --heads
+    measure latency_xl_batch64 latency --model dip-xl/16 --batch 64 --rounds 3 --compile
+    measure throughput_xl throughput --model dip-xl/16 --batches 1 4 16 64 128 --rounds 3 --compile
+    measure training_heads_xl training --model dip-xl/16 --batch 64 --rounds 3 --heads
+    measure memory_xl memory --model dip-xl/16 --batches 1 16 64 --heads
+fi
+[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
