@@ -1,6 +1,6 @@
 """How far images in bf16 and int8 are from those in float32: a table of PSNR, and one JSON line.
 
-    python benchmarks/precisions.py MODEL [--seeds 0-15] [--guidance 2] [--out FILE]
+    python benchmarks/precisions.py MODEL [--seeds 0-31] [--guidance 2] [--out FILE]
 
 All seeds together, and the seed that is farthest, by solver and number of steps; bf16 weights, float32 weights under
 autocast, and int8 as `--precision int8` computes it.

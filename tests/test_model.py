@@ -47,6 +47,7 @@ def test_a_gradient_reaches_every_parameter(head: str, placement: str, patch_siz
     model(*inputs(2 * patch_size, 3 * patch_size)).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert parameter.grad.stride() == parameter.stride(), name  # or DistributedDataParallel warns
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -42,11 +42,11 @@ def bench_command(arguments: Any) -> None:
     """
     console = PlainConsole()
     device = choose_device(arguments.device)
+    torch.manual_seed(0)
     model, size = _model(arguments)
     check_size(*size, model.config.patch_size)
     if arguments.out:
         check_writable(arguments.out)
-    torch.manual_seed(0)
     what = f"{model.num_parameters() / 1e6:.1f} M parameters, images of {size[0]}x{size[1]}"
     console.print(f"{arguments.what}: {arguments.model}, {what}, {device.type}", highlight=False)
     with console.status("measuring"):

@@ -139,8 +139,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """From now on, for inference, the backbone's linear layers multiply 8-bit integers: attention's and the MLPs',
         weights rounded once for all, tokens as they come.
 
-        Faster than bf16 by what the device multiplies such integers faster, on a CPU with VNNI 1.3 to 1.4 times, for
-        images that differ from fp32's by some 3 dB more than bf16's do. The weights in floating point are let go of.
+        On a CPU with AVX512-VNNI 1.3 to 1.4 times as fast as in bf16 from DiP-B on, when compiled; others may be slower
+        and wrong. Images are about as near to float32's as those in bf16. The weights in floating point are let go of.
 
         Raises:
             UserError: if adapters are loaded, which such layers cannot take.

@@ -119,11 +119,12 @@ class UNetHead(nn.Module):
         if not _plain(self.bottleneck):
             cells = context.flatten(0, -2)[..., None, None].expand(-1, -1, *h.shape[-2:])
             return self.bottleneck(torch.cat([h.repeat(g, 1, 1, 1), cells], dim=1))
-        weight, pixels = self.bottleneck.weight, h.shape[1]
-        contexts = F.linear(context, weight[:, pixels:].flatten(1), self.bottleneck.bias)
+        # as its values lie, so that its gradient's lie alike, which DistributedDataParallel wants
+        matrix, pixels = self.bottleneck.weight.permute(0, 2, 3, 1).flatten(1), h.shape[1]
+        contexts = F.linear(context, matrix[:, pixels:], self.bottleneck.bias)
         if h.shape[-1] == 1:
-            return (F.linear(h.flatten(1), weight[:, :pixels].flatten(1)) + contexts).flatten(0, -2)[..., None, None]
-        return (F.conv2d(h, weight[:, :pixels]) + contexts[..., None, None]).flatten(0, -4)
+            return (F.linear(h.flatten(1), matrix[:, :pixels]) + contexts).flatten(0, -2)[..., None, None]
+        return (F.conv2d(h, matrix[:, :pixels, None, None]) + contexts[..., None, None]).flatten(0, -4)
 
     def _stage_up(self, i: int, h: Tensor, skip: Tensor, g: int, composed: Kernels | None) -> Tensor:
         """h (G M, w, side, side) and skip (M, w, 2 side, 2 side) -> (G M, w', 2 side, 2 side)."""
