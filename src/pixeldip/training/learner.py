@@ -74,9 +74,6 @@ class Learner:
             self.model.compile_repeated_blocks()
         if self.processes.world_size == 1 or is_sharded(self.network):
             return network
-        for parameter in network.parameters():
-            if parameter.shape[2:] == (1, 1):  # channels-last or not: its gradients have the strides of the latter
-                parameter.data = parameter.data.flatten().view_as(parameter)
         return DistributedDataParallel(network)
 
     @property
