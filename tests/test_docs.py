@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ SMALLER = {
     "0-49999": "0-7",
     "0-63": "0-3",
     "--steps 100": "--steps 2",
+    "--compile --heads": "--compile",
     "--scale paper": "--scale laptop --out runs/study-heads-paper",
     "--data IMAGENET --held-out-split validation": "--data photos-train/ --held-out photos-test/",
     "--resolution 256": "--resolution 32",
@@ -129,9 +131,10 @@ def test_a_page_from_top_to_bottom(
         if command in text:
             shutil.rmtree(folder / made)
     monkeypatch.chdir(folder)
-    # what takes the time of a page, and is tested elsewhere: ceilings, and distances of two thousand dimensions
+    # what takes the time of a page, and is tested elsewhere: ceilings, distances of two thousand dimensions, C++
     monkeypatch.setitem(timing.CEILING_SIZES, "cpu", (128, 2**16))
     monkeypatch.setattr("pixeldip.evaluation.registry.frechet_distance", lambda *_: 1.0)
+    monkeypatch.setattr("pixeldip.export.shutil", SimpleNamespace(which=lambda _: None))
     names: dict = {}
     for language, text in parts(page):
         for large, small in SMALLER.items():
