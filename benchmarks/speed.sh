@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# All figures of docs/speed.md again: bash benchmarks/speed.sh {cpu|cuda} MACHINE [FOLDER]
+# The benchmarks of docs/speed.md again: bash benchmarks/speed.sh {cpu|cuda} MACHINE [FOLDER]
 # Files end in the machine's name. Half an hour on two CPU cores, ten minutes on an H200. What fails is named at the end.
 set -u
-device=$1 machine=$2 folder=${3:-benchmarks/results} failed=()
+[ $# -ge 2 ] || { sed -n 2,3p "$0"; exit 2; }
 root=$(cd "$(dirname "$0")/.." && pwd)
+device=$1 machine=$2 folder=${3:-$root/benchmarks/results} failed=()
 pixeldip=$root/.venv/bin/pixeldip
 [ -x "$pixeldip" ] || pixeldip=pixeldip
 
@@ -15,6 +16,7 @@ measure() { # FILE WHAT FLAGS…
 if [ "$device" = cpu ]; then
     measure latency latency --rounds 7 --compile --heads
     measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --latent
+    measure latency_s latency --model dip-s/16 --rounds 7 --compile
     measure training training --batch 8 --rounds 5 --compile
     measure training_heads training --model dip-s/16 --batch 4 --rounds 5 --heads
     measure throughput throughput --model dip-s/16 --batches 1 2 4 8 --rounds 5

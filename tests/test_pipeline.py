@@ -303,6 +303,15 @@ def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) ->
     assert time_grid(4, 2.0)[1] == pytest.approx(1 / 7)
 
 
+def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: Path) -> None:
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="40KB")
+    parts = [path.name for path in (tmp_path / "model").glob("*.safetensors")]
+    assert len(parts) > 1 and all(".fp16" in name for name in parts)
+    again = DiPPipeline.from_pretrained(tmp_path, variant="fp16")
+    ours, theirs = (pipe.model.state_dict() for pipe in (pipeline, again))
+    assert all(torch.equal(theirs[name], values) for name, values in ours.items())
+
+
 def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     settings = {"class_labels": ["ant"], "num_inference_steps": 3, "output_type": "latent"}

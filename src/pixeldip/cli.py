@@ -144,7 +144,7 @@ class SampleArguments(SamplingFlags):
     batch_size: Positive = 32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Precision = "auto"
-    """int8: products of the backbone's linear layers, faster and a little less exact than bf16; most so compiled."""
+    """int8: most products of the backbone, on CPUs that can: faster, most so compiled, and a little less exact."""
     compile: bool = False
     """Compile the model's blocks first: worth its half minute for many images, or large ones."""
 

@@ -123,13 +123,17 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         UserError: if the device has no instructions for int8.
     """
     if name == "int8":
-        if not _computes_in_int8(device):
-            needed = "a CPU with AVX512-VNNI, or a CUDA device"
-            raise UserError(f"precision int8: needs {needed}, and this is none ({device.type}); use bf16 or fp32")
+        if not computes_in_int8(device):
+            raise UserError(f"precision int8: needs a CPU with AVX512-VNNI, and this is none ({device.type}); use bf16")
         return torch.int8
     if name == "fp32" or (name == "auto" and not _computes_in_bf16(device)):
         return torch.float32
     return torch.bfloat16
+
+
+def computes_in_int8(device: torch.device) -> bool:
+    """Without these instructions a CPU is slower, and its sums may overflow. On CUDA devices it has not been tried."""
+    return device.type == "cpu" and torch.cpu._is_vnni_supported()
 
 
 def precision_name(precision: torch.dtype) -> str:
@@ -146,11 +150,6 @@ def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def _computes_in_int8(device: torch.device) -> bool:
-    """Without these instructions a CPU is slower, and its sums may overflow."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_vnni_supported())
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ def load_pipeline(
     modulation is precomputed, and on a CUDA device it samples by CUDA graphs.
 
     Args:
-        precision: int8 is of the backbone's linear layers, the rest in what "auto" is.
+        precision: int8 is of most products of the backbone, the rest in what "auto" is.
         compiled: with compiled blocks, which is done for each batch size when it first occurs.
 
     Raises:

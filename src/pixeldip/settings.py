@@ -42,7 +42,7 @@ _PIPELINE_ARGUMENTS = {
 Solver = Literal["euler", "heun", "ab2", "ddim", "ancestral"]
 """The names of `flow.SOLVERS`."""
 Precision = Literal["auto", "bf16", "fp32", "int8"]
-"""What a model samples in; int8 is of the products of its backbone's linear layers."""
+"""What a model samples in; int8 is of most products of its backbone."""
 
 
 @strict

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..flow import guided_velocity
 from ..model import DiP, Int8Linear
-from ..processes import autocast
+from ..processes import autocast, computes_in_int8
 from ..replay import ReplayedNetwork, recordable
 from .contenders import Contender, Int8Part, compare
 from .heads import other_heads
@@ -36,8 +36,9 @@ def bench_latency(
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
     Args:
-        compiled: also with compiled blocks, in bf16 and in int8. Each also as the commands sample: modulation computed
-            ahead where there is room for it, and replayed from a CUDA graph where that pays.
+        compiled: also with compiled blocks, in bf16 and, where the device computes in it, in int8. Each also as the
+            commands sample: modulation computed ahead where there is room for it, and replayed from a CUDA graph where
+            that pays.
         heads: also each other head, and no head, in bf16.
         latent: also DiT-XL/2 with its VAE, in bf16.
 
@@ -118,11 +119,12 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, C
     contenders["ours, fp32"] = sampling_contender(model, x, y)
     networks = {"ours, bf16": half}
     if compiled:
-        integers = copy.deepcopy(half)
-        integers.quantize_to_int8()
-        networks |= {"ours, bf16, compiled": copy.deepcopy(half), "ours, int8, compiled": integers}
-        for name in ("ours, bf16, compiled", "ours, int8, compiled"):
-            networks[name].compile_repeated_blocks(dynamic=False)
+        networks["ours, bf16, compiled"] = copy.deepcopy(half)
+        if computes_in_int8(x.device):
+            networks["ours, int8, compiled"] = copy.deepcopy(half)
+            networks["ours, int8, compiled"].quantize_to_int8()
+        for network in list(networks.values())[1:]:
+            network.compile_repeated_blocks(dynamic=False)
     for name, network in networks.items():
         contenders[name] = sampling_contender(network, x, y, counted=half)
         called = replayed(network)

@@ -1,14 +1,13 @@
 """Linear layers whose product is one of 8-bit integers."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
 
 LARGEST = 127
-LEAST_ROWS = 17
-"""What torch's product asks for on CUDA devices; and sizes that are multiples of 8."""
 
 
 class Int8Linear(nn.Module):
@@ -38,13 +37,17 @@ class Int8Linear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise UserError("layers in int8 have no gradient: train the model in floating point")
         values, scale = quantized(x.flatten(0, -2).float())
-        rows = len(values)
-        if rows < LEAST_ROWS:
-            values = F.pad(values, (0, 0, 0, LEAST_ROWS - rows))
-        y = torch._int_mm(values, self.values.t())[:rows].float() * scale * self.scale
+        y = torch._int_mm(values, self.values.t()).float() * scale * self.scale
         if self.bias is not None:
             y = y + self.bias
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Int8Linear":
+        """As elsewhere, but the precision of its buffers is not anybody's to change."""
+        values, scale = self.values, self.scale
+        super()._apply(*args, **kwargs)
+        self.values, self.scale = values.to(self.values.device), scale.to(self.scale.device)
+        return self
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +55,3 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(1, keepdim=True) / LARGEST
     scale = scale.clamp(min=torch.finfo(x.dtype).tiny)  # rows of zeros
     return (x / scale).round().to(torch.int8), scale
-
-
-def quantizable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.in_features % 8 == 0 and module.out_features % 8 == 0
