@@ -139,3 +139,9 @@ def saved_model(folder: Path, size: int) -> Path:
     model = opened_up(DiP(**TINY_MODEL, num_classes=3))
     DiPPipeline(model, height=size, width=size, class_names=["ant", "bee", "cow"]).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `saved_model` makes, of 16 x 16 pixels."""
+    return saved_model(tmp_path_factory.mktemp("model"), 16)

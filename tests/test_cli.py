@@ -20,12 +20,7 @@ from pixeldip.images import from_uint8, grid, to_uint8
 from pixeldip.sampling import parse_seeds
 from pixeldip.training import train
 
-from .conftest import saved_model, tiny_recipe
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"), 16)
+from .conftest import tiny_recipe
 
 
 def test_help_needs_no_torch() -> None:

@@ -20,16 +20,11 @@ from pixeldip.images import psnr
 from pixeldip.model import Int8Linear
 from pixeldip.processes import choose_precision
 
-from .conftest import TINY_MODEL, opened_up, saved_model
+from .conftest import TINY_MODEL, opened_up
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with AVX512-VNNI")
 EMOJI = Path(__file__).parent.parent / "models" / "emoji64"
 LAYERS = {"attention.qkv", "attention.out", "mlp.gate", "mlp.up"}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"), 16)
 
 
 def open_model(**changes: Any) -> DiP:

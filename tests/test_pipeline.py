@@ -28,7 +28,7 @@ from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import OBJECTIVES, SOLVERS, follow_scheduler, set_times, time_grid
 from pixeldip.training import train
 
-from .conftest import TINY_MODEL, opened_up, saved_model, tiny_recipe
+from .conftest import TINY_MODEL, opened_up, tiny_recipe
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SCHEDULERS = {
@@ -38,11 +38,6 @@ SCHEDULERS = {
     "dpm-solver++": DPMSolverMultistepScheduler(**FLOW),
 }
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"), 16)
 
 
 @pytest.fixture

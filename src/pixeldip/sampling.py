@@ -131,8 +131,8 @@ class SampledImages:
     ):
         self.pipeline, self.settings, self.seeds = pipeline, settings, seeds
         self.cast = precision if pipeline.dtype == torch.float32 else torch.float32  # others as they are
-        in_int8 = pipeline.model.in_int8
-        self.precision = torch.int8 if in_int8 else precision if pipeline.dtype == torch.float32 else pipeline.dtype
+        own = torch.int8 if pipeline.model.in_int8 else pipeline.dtype
+        self.precision = precision if own == torch.float32 else own
         self.name = name
         self.height, self.width = height or pipeline.config.height, width or pipeline.config.width
         self.chosen = [pipeline.class_id(c) for c in classes] or list(range(pipeline.model.config.num_classes))
