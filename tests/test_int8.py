@@ -24,7 +24,7 @@ from .conftest import TINY_MODEL, opened_up
 
 pytestmark = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="needs a CPU with AVX512-VNNI")
 EMOJI = Path(__file__).parent.parent / "models" / "emoji64"
-LAYERS = {"attention.qkv", "attention.out", "mlp.gate", "mlp.up"}
+LAYERS = {"attention.qkv", "attention.out", "mlp.gate", "mlp.up", "mlp.down"}
 
 
 def open_model(**changes: Any) -> DiP:
@@ -37,19 +37,29 @@ def in_int8(model: DiP) -> set[str]:
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("width", "rotated"), [(64, False), (64, True), (30, True), (150, True)])
 @torch.no_grad()
-def test_a_layer_is_near_the_one_it_was_made_of(rows: int, bias: bool) -> None:
-    linear = nn.Linear(64, 48, bias=bias)
+def test_a_layer_is_near_the_one_it_was_made_of(rows: int, bias: bool, width: int, rotated: bool) -> None:
+    linear = nn.Linear(width, 48, bias=bias)
     linear.weight[3] = 0
     linear.weight[5] *= 100  # an output's scale is its own, and so is a token's
-    x = torch.randn(2, rows, 64) * torch.logspace(-3, 3, rows)[:, None]
+    x = torch.randn(2, rows, width) * torch.logspace(-3, 3, rows)[:, None]
     x[0, 0] = 0
-    expected, found = linear(x), Int8Linear(linear)(x)
+    expected, found = linear(x), Int8Linear(linear, rotated)(x)
     assert found.shape == expected.shape and found.dtype == x.dtype
     sizes = x.norm(dim=-1, keepdim=True) * linear.weight.norm(dim=-1)
     assert ((found - expected).abs() <= 0.01 * sizes).all()
     half = x.bfloat16()
-    assert Int8Linear(linear.bfloat16())(half).dtype == torch.bfloat16
+    assert Int8Linear(linear.bfloat16(), rotated)(half).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_rotation_takes_outliers_in() -> None:
+    linear = nn.Linear(256, 48, bias=False)
+    x = torch.randn(100, 256)
+    x[torch.arange(100), torch.randint(256, (100,))] = 40  # elsewhere in each token
+    errors = {rotated: (Int8Linear(linear, rotated)(x) - linear(x)).std() for rotated in (False, True)}
+    assert errors[True] < 0.4 * errors[False]
 
 
 @torch.no_grad()
@@ -80,7 +90,7 @@ def test_casts_leave_the_integers_and_their_scale_alone() -> None:
         cast()
         assert all(torch.equal(buffer, kept[name]) for name, buffer in model.named_buffers())
         assert {buffer.dtype for buffer in model.buffers()} == {torch.int8, torch.float32}
-    assert len(kept) == 2 * len(LAYERS) * model.config.depth
+    assert len(kept) == (2 * len(LAYERS) + 1) * model.config.depth  # values and scales, and down's rotation
 
 
 def test_images_of_a_trained_model() -> None:

@@ -104,7 +104,8 @@ def sampling_contender(called: DiP | ReplayedNetwork, x: Tensor, y: Tensor, coun
 def _int8_part(network: DiP, x: Tensor) -> Int8Part:
     """Of a guided step of images x."""
     tokens = 2 * len(x) * x.shape[-2:].numel() // network.config.patch_size**2
-    weights = sum(module.values.numel() for module in network.modules() if isinstance(module, Int8Linear))
+    layers = [module for module in network.modules() if isinstance(module, Int8Linear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
     return Int8Part(2 * tokens * weights, weights)
 
 

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
 
 LARGEST = 127
+ROTATED_TOGETHER = 64  # channels; a power of two
 
 
 class Int8Linear(nn.Module):
@@ -19,13 +21,22 @@ class Int8Linear(nn.Module):
 
     Args:
         linear: the layer in floating point.
+        rotated: whether input and weights are rotated, which leaves their product alone, before they are rounded: 64
+            channels share what is largest among them, so that single outliers do not make a row's scale coarse.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, rotated: bool = False):
         super().__init__()
-        values, scale = quantized(linear.weight.detach().float())
-        self.register_buffer("values", values)  # (out, in) int8
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        rotation = None
+        if rotated:
+            rotation = hadamard(ROTATED_TOGETHER, weight.device)
+            weight = rotate(weight, rotation)
+        values, scale = quantized(weight)
+        self.register_buffer("values", values)  # (out, in) int8, if rotated in filled up to a multiple of 64
         self.register_buffer("scale", scale.squeeze(1))  # (out,) float32
+        self.register_buffer("rotation", rotation)  # (64, 64) float32, or None
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +47,8 @@ class Int8Linear(nn.Module):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise UserError("layers in int8 have no gradient: train the model in floating point")
-        values, scale = quantized(x.flatten(0, -2).float())
+        rows = x.flatten(0, -2) if self.rotation is None else rotate(x, self.rotation.to(x.dtype))
+        values, scale = quantized(rows.float())
         y = torch._int_mm(values, self.values.t()).float() * scale * self.scale
         if self.bias is not None:
             y = y + self.bias
@@ -44,14 +56,34 @@ class Int8Linear(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Int8Linear":
         """As elsewhere, but the precision of its buffers is not anybody's to change."""
-        values, scale = self.values, self.scale
+        kept = dict(self.named_buffers())
         super()._apply(*args, **kwargs)
-        self.values, self.scale = values.to(self.values.device), scale.to(self.scale.device)
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
         return self
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows x (M, K) as (values (M, K) int8, scale (M, 1)), so that x is about values * scale."""
-    scale = x.abs().amax(1, keepdim=True) / LARGEST
-    scale = scale.clamp(min=torch.finfo(x.dtype).tiny)  # rows of zeros
-    return (x / scale).round().to(torch.int8), scale
+    largest = x.abs().amax(1, keepdim=True).clamp(min=LARGEST * torch.finfo(x.dtype).tiny)  # rows of zeros
+    return (x * (LARGEST / largest)).round().to(torch.int8), largest / LARGEST
+
+
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """A symmetric orthogonal matrix (size, size) with entries of one magnitude, by Sylvester's construction."""
+    matrix = torch.ones(1, 1, device=device)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device), matrix)
+    return matrix / size**0.5
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (…, K) as rows (M, K), each part of as many channels as `rotation` has multiplied by it; zeros fill the last
+    part up.
+
+    One reshape before the product and one after it, since inductor copies element by element where there are two.
+    """
+    size = len(rotation)
+    if missing := -x.shape[-1] % size:
+        x = F.pad(x, (0, missing))
+    return (x.reshape(-1, size) @ rotation).reshape(-1, x.shape[-1])
