@@ -62,9 +62,10 @@ def test_rotation_takes_outliers_in() -> None:
     assert errors[True] < 0.4 * errors[False]
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @torch.no_grad()
-def test_what_is_not_finite_stays_so() -> None:
-    layer = Int8Linear(nn.Linear(8, 8))
+def test_what_is_not_finite_stays_so(rotated: bool) -> None:
+    layer = Int8Linear(nn.Linear(8, 8), rotated)
     for value in (float("nan"), float("inf")):
         x = torch.zeros(20, 8)
         x[3, 1] = value
@@ -91,6 +92,20 @@ def test_casts_leave_the_integers_and_their_scale_alone() -> None:
         assert all(torch.equal(buffer, kept[name]) for name, buffer in model.named_buffers())
         assert {buffer.dtype for buffer in model.buffers()} == {torch.int8, torch.float32}
     assert len(kept) == (2 * len(LAYERS) + 1) * model.config.depth  # values and scales, and down's rotation
+
+
+def test_rounding_does_not_depend_on_what_surrounds_it() -> None:
+    linear = nn.Linear(150, 48)
+    expected = Int8Linear(linear, rotated=True).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = Int8Linear(linear, rotated=True).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        by_default = Int8Linear(linear, rotated=True).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for found in (under_autocast, by_default):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_images_of_a_trained_model() -> None:

@@ -21,7 +21,7 @@ class Int8Linear(nn.Module):
 
     Args:
         linear: the layer in floating point.
-        rotated: whether input and weights are rotated, which leaves their product alone, before they are rounded: 64
+        rotated: whether input and weights are rotated, which does not change their product, before they are rounded: 64
             channels share what is largest among them, so that single outliers do not make a row's scale coarse.
     """
 
@@ -32,9 +32,10 @@ class Int8Linear(nn.Module):
         rotation = None
         if rotated:
             rotation = hadamard(ROTATED_TOGETHER, weight.device)
-            weight = rotate(weight, rotation)
+            with torch.autocast(weight.device.type, enabled=False):
+                weight = rotate(weight, rotation)
         values, scale = quantized(weight)
-        self.register_buffer("values", values)  # (out, in) int8, if rotated in filled up to a multiple of 64
+        self.register_buffer("values", values)  # (out, in) int8; if rotated, in is padded to a multiple of 64
         self.register_buffer("scale", scale.squeeze(1))  # (out,) float32
         self.register_buffer("rotation", rotation)  # (64, 64) float32, or None
         self.bias = linear.bias
@@ -70,10 +71,11 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """A symmetric orthogonal matrix (size, size) with entries of one magnitude, by Sylvester's construction."""
-    matrix = torch.ones(1, 1, device=device)
+    """A symmetric orthogonal matrix (size, size), float32, its entries of one magnitude (Sylvester)."""
+    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
     while len(matrix) < size:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device), matrix)
+        upper, lower = torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)
+        matrix = torch.cat([upper, lower])
     return matrix / size**0.5
 
 
