@@ -130,13 +130,13 @@ def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    record = run("memory", tmp_path, capsys, "--batches", "1", "128", "--heads")
+    record = run("memory", tmp_path, capsys, "--batches", "1", "48", "--heads")
     per_image = record["per_image"]
     assert 0 < per_image["sampling"] < per_image["training"]
     assert per_image["training, DiT-only"] < per_image["training"]
     peaks = {name: row["mebibytes"] for name, row in record["steps"].items()}
-    assert peaks["training, 1"] < peaks["training, 128"]
-    assert "sampling, head mlp, 128" in peaks
+    assert peaks["training, 1"] < peaks["training, 48"]
+    assert "sampling, head mlp, 48" in peaks
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
