@@ -55,17 +55,19 @@ class Moments:
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), in float64.
 
-    Source: Heusel et al. 2017, Eq. 6. The root's trace is the sum of the singular values of cov1^(1/2) cov2^(1/2),
-    whose roots come from symmetric eigendecompositions. Eigenvalues of the covariances within rounding of zero
-    count as zero, so that singular ones (fewer images than features) give one number, not one per summation order.
+    Source: Heusel et al. 2017, Eq. 6. The root's trace is the sum of the singular values of F1^T F2, where F F^T is a
+    covariance, from its symmetric eigendecomposition. Eigenvalues of the covariances within rounding of zero count as
+    zero, so that singular ones (fewer images than features) give one number, not one per summation order.
     """
 
-    def root(covariance: np.ndarray) -> np.ndarray:
+    def factor(covariance: np.ndarray) -> np.ndarray:
+        """F (D, rank)."""
         values, vectors = np.linalg.eigh(covariance)
         rounding = values.max(initial=0) * len(values) * np.finfo(np.float64).eps
-        return (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
+        kept = values > rounding
+        return vectors[:, kept] * np.sqrt(values[kept])
 
-    trace = np.linalg.svd(root(cov1) @ root(cov2), compute_uv=False).sum()
+    trace = np.linalg.svd(factor(cov1).T @ factor(cov2), compute_uv=False).sum()
     shift = mean1 - mean2
     return float(shift @ shift + np.trace(cov1) + np.trace(cov2) - 2 * trace)
 
