@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +166,7 @@ def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFi
     assert "holds a study with another study" in capsys.readouterr().err
 
 
-def test_overfitting_any_photograph(tmp_path: Path) -> None:
+def test_overfitting_any_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_picture(3, 300, 200).save(tmp_path / "mine.jpg")
     out = tmp_path / "study"
     arguments = ("overfit", "--image", tmp_path / "mine.jpg", "--steps", 2, "--out", out)
@@ -181,6 +182,12 @@ def test_overfitting_any_photograph(tmp_path: Path) -> None:
     }
     assert Image.open(out / "figures" / "over-time.png").size == (128, 260)  # one step, two networks
     assert "mine.jpg" in (out / "report.html").read_text()
+    # what a run has lost is made again from what it still has, or its folder is named
+    (out / "runs" / "dip" / "reconstruction.png").unlink()
+    assert study(*arguments, "--resolution", 64) == 0 and (out / "runs" / "dip" / "reconstruction.png").is_file()
+    shutil.rmtree(out / "runs" / "dit" / "previews")
+    assert study(*arguments, "--resolution", 64) == 2
+    assert f"{out / 'runs' / 'dit'}: previews are missing; delete the folder" in capsys.readouterr().err
 
 
 def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from .folder import RESULT, alone_in, claim, read_json, write_result
 from .study import Contender, Scale, Study, changed, contender_recipe
 
 PHOTO = "red-panda.jpg"
+RECONSTRUCTION = "reconstruction.png"  # of each run
 LARGEST_PSNR = 100.0
 """In dB; what an equal image counts as, since JSON has no infinity."""
 ZOOM = 4
@@ -85,7 +86,7 @@ def run_overfit(
     alone_in(device, console, prepare)
     for contender in OVERFIT.contenders(scale):
         folder = out / "runs" / contender.name
-        if (folder / RESULT).is_file():
+        if (folder / RESULT).is_file() and (folder / RECONSTRUCTION).is_file():
             continue
         console.rule(contender.label, align="left")
         recipe = contender_recipe(base, contender, 0, str(folder))
@@ -110,8 +111,8 @@ def _photo(image: Path | None) -> Path:
 def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender, processes: Processes) -> None:
     size = image_size(recipe.data)
     target = centre_crop(decode(photo.read_bytes()), *size)
-    images = read_previews(folder, size, recipe.preview.images)
-    Image.fromarray(images[max(images)][0]).save(folder / "reconstruction.png")
+    images = _previews(folder, size, recipe.preview.images)
+    Image.fromarray(images[max(images)][0]).save(folder / RECONSTRUCTION)
     write_result(
         folder / RESULT,
         {
@@ -125,6 +126,17 @@ def _measure(folder: Path, recipe: Recipe, photo: Path, contender: Contender, pr
     )
 
 
+_LOST_PREVIEWS = "previews are missing; delete {}, and the same command trains again"
+
+
+def _previews(folder: Path, size: tuple[int, int], images: int) -> dict[int, list[np.ndarray]]:
+    """As `read_previews`. Raises UserError if there are none any more."""
+    found = read_previews(folder, size, images)
+    if not found:
+        raise UserError(f"{folder}: {_LOST_PREVIEWS.format('the folder')}")
+    return found
+
+
 def _mean_psnr(images: Sequence[np.ndarray], target: np.ndarray) -> float:
     return float(np.mean([min(psnr(image, target), LARGEST_PSNR) for image in images]))
 
@@ -132,7 +144,7 @@ def _mean_psnr(images: Sequence[np.ndarray], target: np.ndarray) -> float:
 def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
     named = OVERFIT.contenders(scale)
     results = {c.label: read_json(out / "runs" / c.name / RESULT) for c in named}
-    pictures = {c.label: Image.open(out / "runs" / c.name / "reconstruction.png") for c in named}
+    pictures = {c.label: Image.open(out / "runs" / c.name / RECONSTRUCTION) for c in named}
     first = next(iter(results.values()))
     recipe = first["recipe"]
     side = pictures[named[0].label].size
@@ -183,8 +195,10 @@ def _row(label: str, result: dict[str, Any], training: dict[str, Any]) -> list[s
 def _over_time(folders: Sequence[Path], size: tuple[int, int], recipe: dict[str, Any]) -> tuple[list[int], Image.Image]:
     """The steps nearest to `STAGES`, and a row for each run with its samples of seed 0, (width, height) pixels."""
     width, height = size
-    runs = [read_previews(folder, (height, width), recipe["preview"]["images"]) for folder in folders]
+    runs = [_previews(folder, (height, width), recipe["preview"]["images"]) for folder in folders]
     common, asked = sorted(set.intersection(*map(set, runs))), recipe["training"]["steps"]
+    if not common:
+        raise UserError(f"{' and '.join(map(str, folders))}: {_LOST_PREVIEWS.format('both folders')}")
     steps = list(dict.fromkeys(min(common, key=lambda step: abs(step - share * asked)) for share in STAGES))
     pictures = [Image.fromarray(run[step][0]) for run in runs for step in steps]
     if width > STAGE_WIDTH:
