@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
 
-from pixeldip import UserError
-from pixeldip.bench import timing
+from pixeldip import UserError, bench
+from pixeldip.bench import as_compiled_as_told, timing
 from pixeldip.bench.contenders import Contender, compare_alone
 from pixeldip.bench.release import ReleaseDiP, release_step
 from pixeldip.bench.timing import Times, count_flops, ratio, take_turns
+from pixeldip.bench.training import TrainingStep
 from pixeldip.cli import main
 from pixeldip.flow import guided_velocity
 from pixeldip.model import DiP
@@ -38,6 +41,19 @@ def test_the_baseline_is_our_network_written_otherwise() -> None:
     step = release_step(release, x, 0.4, 0.1, y, 3, 2.5)
     ours = x + 0.1 * guided_velocity(model, y, 3, 2.5)(x, 0.4, 0.4)
     torch.testing.assert_close(step, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_every_shape_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the eight after which torch stops, and never is the plain code taken instead."""
+    counter = CompileCounter()
+    double = torch.compile(lambda x: 2 * x, backend=counter, dynamic=False)
+    with as_compiled_as_told():
+        for size in range(2, 22):
+            double(torch.zeros(size))
+        assert counter.frame_count == 20
+    monkeypatch.setattr(bench, "MOST_COMPILED", 20)
+    with as_compiled_as_told(), pytest.raises(FailOnRecompileLimitHit):
+        double(torch.zeros(22))
 
 
 def test_turns_and_ratios() -> None:
@@ -136,7 +152,27 @@ def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert per_image["training, DiT-only"] < per_image["training"]
     peaks = {name: row["mebibytes"] for name, row in record["steps"].items()}
     assert peaks["training, 1"] < peaks["training, 48"]
-    assert "sampling, head mlp, 48" in peaks
+    assert "sampling, head mlp, 48" in peaks and record["too_large"] == []
+
+
+def test_memory_without_room(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fits is reported, and what does not is named."""
+    taken = TrainingStep.__call__
+
+    def step(self: TrainingStep, x: Tensor, y: Tensor) -> None:
+        if len(x) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        taken(self, x, y)
+
+    monkeypatch.setattr(TrainingStep, "__call__", step)
+    room = 2
+    record = run("memory", tmp_path, capsys, "--batches", "1", "2", "4")
+    assert record["too_large"] == ["training, 4", "training, checkpointing, 4"]
+    assert [batch for batch, _ in record["series"]["training"]] == [1, 2] and "sampling, 4" in record["steps"]
+    room = 0
+    flags = ["--model", str(tmp_path / "model"), "--device", "cpu", "--batches", "1"]
+    assert main(["bench", "memory", *flags]) == 2
+    assert "1: the device's memory does not hold a step; give smaller --batches" in capsys.readouterr().err
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

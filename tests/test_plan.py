@@ -175,7 +175,7 @@ def test_a_model_to_start_from(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--plan.device", "H1000"], "perhaps 'H100'"),
-        (["--plan.device", "abacus"], "there are H200, H100 PCIe, H100"),
+        (["--plan.device", "abacus"], "there are GH200, H200 NVL, H200, H100 PCIe"),
         (["--plan.devices", "8", "0"], "--plan.devices: input should be greater than or equal to 1, found 0"),
         (["--plan.utilisation", "1.5"], "--plan.utilisation: input should be"),
         (["--training.gradient-accumulation", "3"], "must be a multiple of 3"),

@@ -1,7 +1,8 @@
 """Benchmarks: a table for people, one JSON line for programs, a plot for both."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from .plot import plot
 from .scaling import bench_scaling
 from .throughput import bench_throughput
 from .training import bench_training
+
+MOST_COMPILED = 64  # shapes of a function
 
 COLUMNS = {
     "parameters": ("M weights", lambda value: f"{value / 1e6:.1f}"),
@@ -49,7 +52,7 @@ def bench_command(arguments: Any) -> None:
         check_writable(arguments.out)
     what = f"{model.num_parameters() / 1e6:.1f} M parameters, images of {size[0]}x{size[1]}"
     console.print(f"{arguments.what}: {arguments.model}, {what}, {device.type}", highlight=False)
-    with console.status("measuring"):
+    with console.status("measuring"), as_compiled_as_told() if arguments.compile else contextlib.nullcontext():
         result, asked = _measure(arguments, model, size, device)
     for line in _table(result):
         console.print(line)
@@ -67,6 +70,16 @@ def bench_command(arguments: Any) -> None:
     if arguments.out:
         arguments.out.write_text(line + "\n", encoding="utf-8")
         plot(record, arguments.out.with_suffix(".png"))
+
+
+@contextlib.contextmanager
+def as_compiled_as_told() -> Iterator[None]:
+    """In here what is to be compiled is, for as many shapes as take turns. By itself torch stops compiling a function
+    after eight, and goes on with the plain code, whose times would stand in the rows of the compiled."""
+    import torch._dynamo  # takes seconds
+
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED, fail_on_recompile_limit_hit=True):
+        yield
 
 
 def _measure(

@@ -41,29 +41,42 @@ def bench_memory(
 
     Returns:
         "steps": MiB by what was done and batch size; "per_image": MiB that one image more takes, between the smallest
-        and the largest batch; "series": [batch, MiB] pairs of the model itself.
+        and the largest batch that fit; "series": [batch, MiB] pairs of the model itself; "too_large": what did not fit.
 
     Raises:
-        UserError: where the peak cannot be read.
+        UserError: where the peak cannot be read, or not even the smallest batch fits.
     """
     if device.type == "mps" or (device.type == "cpu" and sys.platform != "linux"):
         raise UserError(f"bench memory: the peak can be read on cuda, and on Linux for cpu, not here on {device.type}")
     config = network_config(model.config)
     for doing in DOINGS:  # libraries take what they keep before anything is measured
-        _peak(config, size, min(batches), doing, device, precision)
+        _peak_if_it_fits(config, size, min(batches), doing, device, precision)
     asked = {doing: (config, doing) for doing in DOINGS}
     if heads:
         asked |= {f"{doing}, {name}": (of, doing) for name, of in other_heads(model).items() for doing in DOINGS}
     peaks = {
-        name: {batch: _peak(of, size, batch, doing, device, precision) for batch in batches}
+        name: {batch: _peak_if_it_fits(of, size, batch, doing, device, precision) for batch in batches}
         for name, (of, doing) in asked.items()
     }
-    low, high = min(batches), max(batches)
+    fitting = {name: {batch: peak for batch, peak in of.items() if peak is not None} for name, of in peaks.items()}
+    if not all(fitting[doing] for doing in DOINGS):
+        raise UserError(f"{min(batches)}: the device's memory does not hold a step; give smaller --batches")
     return {
-        "steps": {f"{name}, {batch}": {"mebibytes": of[batch]} for name, of in peaks.items() for batch in batches},
-        "per_image": {name: (of[high] - of[low]) / (high - low) for name, of in peaks.items()} if high > low else {},
-        "series": {doing: [[batch, peaks[doing][batch]] for batch in batches] for doing in DOINGS},
+        "steps": {f"{name}, {batch}": {"mebibytes": of[batch]} for name, of in fitting.items() for batch in of},
+        "per_image": {
+            name: (of[max(of)] - of[min(of)]) / (max(of) - min(of)) for name, of in fitting.items() if len(of) > 1
+        },
+        "series": {doing: [[batch, peak] for batch, peak in fitting[doing].items()] for doing in DOINGS},
+        "too_large": [f"{name}, {batch}" for name, of in peaks.items() for batch in of if batch not in fitting[name]],
     }
+
+
+def _peak_if_it_fits(*arguments: Any) -> float | None:
+    """As `_peak`, in MiB; None where the device's memory does not hold it."""
+    try:
+        return _peak(*arguments)
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _peak(
@@ -75,11 +88,15 @@ def _peak(
     precision: torch.dtype,
 ) -> float:
     before = _start_anew(device)
-    model = DiP(**config).to(device)
+    model = DiP(**config)
+    if doing == "sampling":
+        model = model.eval().requires_grad_(False).type(torch.bfloat16)
+    model.to(device)
+    _start_anew(device)  # building it took float32, where it is kept in bfloat16
     x, y = noise_and_labels(model, size, batch, device)
     step: Step
     if doing == "sampling":
-        step = sampling_contender(model.eval().requires_grad_(False).type(torch.bfloat16), x, y).step
+        step = sampling_contender(model, x, y).step
     else:
         if doing.endswith("checkpointing"):
             model.enable_gradient_checkpointing()

@@ -9,7 +9,7 @@ import torch
 from ..model import DiP
 from .contenders import Contender, compare
 from .latency import noise_and_labels, replayed, sampling_contender
-from .training import TrainingStep
+from .training import TrainingStep, counted_apart
 
 
 def bench_throughput(
@@ -32,10 +32,9 @@ def bench_throughput(
         with dense attention the share of the limit is what others call MFU, against the measured ceiling.
     """
     half = copy.deepcopy(model).eval().requires_grad_(False).to(device).type(torch.bfloat16)
+    eager, plain = (copy.deepcopy(half), copy.deepcopy(model)) if counted_apart(compiled, device) else (None, None)
     trainer = TrainingStep(model.to(device), precision)
-    eager, plain = half, None
     if compiled:
-        eager, plain = copy.deepcopy(half), copy.deepcopy(model)
         half.compile_repeated_blocks(dynamic=False)
         model.compile_repeated_blocks(dynamic=False)
     contenders: dict[str, Contender] = {}

@@ -98,18 +98,20 @@ class TrainingStep:
         return Contender(step, len(x), len(x), self.precision, self.model.num_parameters(), plain if counted else None)
 
 
+def counted_apart(compiles: bool, device: torch.device) -> bool:
+    """What counts FLOPs does not see into compiled code, and takes more memory than a step that fills a GPU."""
+    return compiles or device.type == "cuda"
+
+
 def _contenders(
     model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: torch.dtype
 ) -> dict[str, Callable[[], Contender]]:
-    def counted_apart(compiles: bool) -> bool:
-        """What counts FLOPs does not see into compiled code, and takes more memory than a step that fills a GPU."""
-        return compiles or x.device.type == "cuda"
-
     def ours(compiles: bool) -> Contender:
         network = copy.deepcopy(model).to(x.device)
         if compiles:
             network.compile_repeated_blocks(dynamic=False)
-        return TrainingStep(network, precision).contender(x, y, counted=model if counted_apart(compiles) else None)
+        counted = model if counted_apart(compiles, x.device) else None
+        return TrainingStep(network, precision).contender(x, y, counted=counted)
 
     def plain(compiles: bool) -> Contender:
         network = ReleaseDiP(model).to(x.device)
@@ -121,7 +123,7 @@ def _contenders(
         def counted(images: int) -> Step:
             return _plain_step(ReleaseDiP(model).to(x.device), x[:images], y[:images], precision)
 
-        eager = counted if counted_apart(compiles) else None
+        eager = counted if counted_apart(compiles, x.device) else None
         return Contender(step, len(x), len(x), precision, model.num_parameters(), eager)
 
     makers = {}
@@ -138,7 +140,7 @@ def _contenders(
 def _plain_step(network: ReleaseDiP, x: Tensor, y: Tensor, precision: torch.dtype) -> Step:
     network.train()
     average = copy.deepcopy(network)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, foreach=False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR)
 
     def step() -> None:
         noise, t = torch.randn_like(x), torch.rand(len(x), device=x.device)

@@ -13,10 +13,13 @@ class Device:
     memory: float
 
 
-# NVIDIA's data sheets. A name is looked for in what CUDA calls a device; H100 is the SXM's row, A100 that of 80 GB
+# NVIDIA's data sheets; the first name found in what CUDA calls a device counts. H100: SXM, A100: of 80 GB
 DEVICES = {
+    "GH200": Device(990e12, 96e9),
+    "H200 NVL": Device(835e12, 141e9),
     "H200": Device(989e12, 141e9),
     "H100 PCIe": Device(756e12, 80e9),
+    "H100 NVL": Device(835e12, 94e9),
     "H100": Device(989e12, 80e9),
     "A100": Device(312e12, 80e9),
     "L40S": Device(362e12, 48e9),
