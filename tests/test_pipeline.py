@@ -1,6 +1,7 @@
 """The pipeline as users of diffusers know pipelines."""
 
 import base64
+import copy
 import json
 import os
 import shutil
@@ -305,6 +306,9 @@ def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: P
     again = DiPPipeline.from_pretrained(tmp_path, variant="fp16")
     ours, theirs = (pipe.model.state_dict() for pipe in (pipeline, again))
     assert all(torch.equal(theirs[name], values) for name, values in ours.items())
+    pipeline.save_pretrained(tmp_path, variant="fp16")  # in one file, where the parts were
+    again = DiPPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert all(torch.equal(again.model.state_dict()[name], values) for name, values in ours.items())
 
 
 def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None:
@@ -316,6 +320,8 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     adapted = pipeline(**settings).images
     assert (adapted - plain).abs().max() > 0.01
     pipeline.save_lora_weights(tmp_path)
+    with pytest.raises(UserError, match="a model with adapters is not saved"):
+        pipeline.save_pretrained(tmp_path / "whole")
     again = DiPPipeline.from_pretrained(model_folder)
     again.load_lora_weights(tmp_path, adapter_name="mine")
     assert torch.equal(again(**settings).images, adapted)
@@ -324,6 +330,11 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     again.set_adapters("mine", 1.0)
     again.fuse_lora()
     torch.testing.assert_close(again(**settings).images, adapted, rtol=1e-4, atol=1e-4)
+    fused = copy.deepcopy(again)
+    fused.unload_lora_weights()
+    fused.save_pretrained(tmp_path / "fused")
+    saved = DiPPipeline.from_pretrained(tmp_path / "fused")
+    torch.testing.assert_close(saved(**settings).images, adapted, rtol=1e-4, atol=1e-4)
     again.unfuse_lora()
     again.unload_lora_weights()
     torch.testing.assert_close(again(**settings).images, plain, rtol=1e-4, atol=1e-4)

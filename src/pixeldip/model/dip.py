@@ -4,6 +4,9 @@ B batch, G conditions of each image, C channels, H x W image, P patch side, N = 
 """
 
 import functools
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,15 +159,30 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
                         setattr(part, name, Int8Linear(layer, rotated=layer is block.mlp.down))
 
     @functools.wraps(ModelMixin.save_pretrained, assigned=())  # the pipeline passes on what its signature names
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in diffusers.
 
         Raises:
-            UserError: if it is in int8: its weights are those of the file it came from no longer.
+            UserError: if it is in int8: its weights are those of the file it came from no longer; or if adapters are
+                loaded, with which no model can be made from the file again.
         """
         if self.in_int8:
             raise UserError("a model in int8 is not saved: save it first, and quantize it each time it is loaded")
-        super().save_pretrained(*args, **kwargs)
+        if getattr(self, "peft_config", None):
+            raise UserError(
+                "a model with adapters is not saved: save_lora_weights() saves them alone; or let it be without them, "
+                "unload_lora_weights(), or let them be part of it, fuse_lora() before that"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._forget_parts_of_before(Path(save_directory))
+
+    @staticmethod
+    def _forget_parts_of_before(folder: Path) -> None:
+        """Where a model in one file replaces one in parts, diffusers deletes the parts, but not the list of them, which
+        it would look for when it loads the folder."""
+        for listing in folder.glob("*.safetensors.index*.json"):
+            if not all((folder / part).is_file() for part in json.loads(listing.read_bytes())["weight_map"].values()):
+                listing.unlink()
 
     def forget_kernels(self) -> None:
         """Composes the head's kernels anew at its next call, as every call of a pipeline does: weights may have changed
