@@ -127,6 +127,16 @@ def test_images_that_came_or_went_are_told_and_accepted_by_choice(
         train(trained, QUIET)
 
 
+@pytest.mark.parametrize("damaged", ["", "{}", "[]", "null"])
+def test_a_damaged_record_of_the_images(trained: Recipe, damaged: str) -> None:
+    (Path(trained.out) / "data.json").write_text(damaged)
+    trained.training.steps = 8
+    with pytest.raises(UserError, match=r"data.json: damaged; delete it to go on, if you are sure that the images"):
+        train(trained, QUIET)
+    (Path(trained.out) / "data.json").unlink()
+    assert train(trained, QUIET).step == 8 and json.loads((Path(trained.out) / "data.json").read_text())["images"] == 12
+
+
 def test_images_that_moved_are_the_same(trained: Recipe, picture_folder: Path, tmp_path: Path) -> None:
     straight, moved = copied(trained, tmp_path / "a", 8), copied(trained, tmp_path / "b", 8)
     train(straight, QUIET)

@@ -138,13 +138,18 @@ def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any],
     """The fingerprint of the images, and what changed in them since the run began, "" if nothing did.
 
     Raises:
-        UserError: if that was not accepted, or other classes leave nothing to resume.
+        UserError: if that was not accepted, other classes leave nothing to resume, or the record of them is damaged.
     """
     found = fingerprint(source)
     if not newest_checkpoint(run) or not (run / DATA).is_file():
         return found, ""
-    before = json.loads((run / DATA).read_text(encoding="utf-8"))
-    changed = changes(before, found)
+    try:
+        before = json.loads((run / DATA).read_bytes())
+        changed = changes(before, found)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{run / DATA}: damaged; delete it to go on, if you are sure that the images are those of the run"
+        ) from error
     if len(before["classes"]) != len(found["classes"]):
         raise UserError(
             f"data.source: {changed}; the model of {run} has {len(before['classes'])} classes. Start another run from "
