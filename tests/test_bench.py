@@ -10,9 +10,10 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 
-from pixeldip import UserError, bench
+from pixeldip import DiPPipeline, UserError, bench
 from pixeldip.bench import as_compiled_as_told, timing
 from pixeldip.bench.contenders import Contender, compare_alone
+from pixeldip.bench.latency import noise_and_labels, sampling_contender
 from pixeldip.bench.release import ReleaseDiP, release_step
 from pixeldip.bench.timing import Times, count_flops, ratio, take_turns
 from pixeldip.bench.training import TrainingStep
@@ -143,6 +144,11 @@ def test_throughput(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert [count for count, _ in record["series"][doing]] == [1, 3]
     assert steps["sampling, 3"]["gflops"] == pytest.approx(3 * steps["sampling, 1"]["gflops"])
     assert steps["training, 1"]["gflops"] > steps["sampling, 1"]["gflops"]
+    # what is computed ahead of the steps counts as if it were part of each
+    model = DiPPipeline.from_pretrained(tmp_path / "model").model.eval()
+    whole = sampling_contender(model, *noise_and_labels(model, (16, 16), 1, CPU))
+    whole.step()
+    assert steps["sampling, 1"]["gflops"] == pytest.approx(whole.flops() / 1e9)
 
 
 def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -89,4 +89,4 @@ def _train(
         parallel = DistributedDataParallel(model) if processes.world_size > 1 else model
         step = TrainingStep(model, precision, parallel)
         x, y = noise_and_labels(model, size, batch, processes.device)
-        return take_turns({"step": lambda: step(x, y)}, rounds, processes.device)["step"]
+        return take_turns({"step": lambda: step(x, y)}, rounds, processes.device, processes)["step"]

@@ -32,16 +32,18 @@ def bench_throughput(
         with dense attention the share of the limit is what others call MFU, against the measured ceiling.
     """
     half = copy.deepcopy(model).eval().requires_grad_(False).to(device).type(torch.bfloat16)
-    eager, plain = (copy.deepcopy(half), copy.deepcopy(model)) if counted_apart(compiled, device) else (None, None)
     trainer = TrainingStep(model.to(device), precision)
+    eager, plain = half, model
     if compiled:
+        eager, plain = copy.deepcopy(half), copy.deepcopy(model)
         half.compile_repeated_blocks(dynamic=False)
         model.compile_repeated_blocks(dynamic=False)
+    trained_apart = plain if counted_apart(compiled, device) else None
     contenders: dict[str, Contender] = {}
     for batch in batches:
         x, y = noise_and_labels(model, size, batch, device)
         contenders[f"sampling, {batch}"] = sampling_contender(replayed(half), x, y, counted=eager)
-        contenders[f"training, {batch}"] = trainer.contender(x, y, counted=plain)
+        contenders[f"training, {batch}"] = trainer.contender(x, y, counted=trained_apart)
     comparison = compare(contenders, rounds, device)
     series = {
         done: [[batch, comparison.rows[f"{done}, {batch}"]["images_per_second"]] for batch in batches]

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..processes import Processes
 
 Step = Callable[[], object]
 WARM_UP = 2
@@ -31,32 +32,27 @@ class Times:
         return cls(median, (high - low) / 2)
 
 
-def take_turns(steps: Mapping[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(
+    steps: Mapping[str, Step], rounds: int, device: torch.device, processes: Processes | None = None
+) -> dict[str, list[float]]:
     """Seconds of each step in each round; in a round every step runs once, so that all meet the same machine.
 
-    Each step runs twice before the first round, which compiles it and warms it up. In a process group all processes
-    take every step equally often.
+    Each step runs twice before the first round, which compiles it and warms it up.
+
+    Args:
+        processes: that take the steps together, and equally often, or they would wait for each other for ever.
     """
     repeats = {}
     for name, step in steps.items():
         for _ in range(WARM_UP):
             step()
         wanted = math.ceil(LEAST_SECONDS / _seconds(step, 1, device)) if device.type == "cuda" else 1
-        repeats[name] = _most(wanted, device)
+        repeats[name] = max(processes.everyones(wanted)) if processes else wanted
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             seconds[name].append(_seconds(step, repeats[name], device))
     return seconds
-
-
-def _most(number: int, device: torch.device) -> int:
-    """Over the processes, which would otherwise wait for each other's gradients for ever."""
-    if not dist.is_initialized():
-        return number
-    most = torch.tensor(number, device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
 
 
 def _seconds(step: Step, repeats: int, device: torch.device) -> float:

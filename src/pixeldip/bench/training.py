@@ -47,7 +47,8 @@ def bench_training(
 
     def other(config: Mapping[str, Any]) -> Contender:
         network = DiP(**config).to(device)
-        return TrainingStep(network, precision).contender(x, y, counted=network if device.type == "cuda" else None)
+        counted = network if counted_apart(False, device) else None
+        return TrainingStep(network, precision).contender(x, y, counted=counted)
 
     others = {name: functools.partial(other, config) for name, config in other_heads(model).items() if heads}
     if device.type == "cuda":
