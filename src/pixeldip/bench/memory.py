@@ -91,8 +91,8 @@ def _peak(
     model = DiP(**config)
     if doing == "sampling":
         model = model.eval().requires_grad_(False).type(torch.bfloat16)
+        _start_anew(device)  # building it took float32
     model.to(device)
-    _start_anew(device)  # building it took float32, where it is kept in bfloat16
     x, y = noise_and_labels(model, size, batch, device)
     step: Step
     if doing == "sampling":
