@@ -186,14 +186,19 @@ def test_metrics_that_cannot_be_had_stop_the_run_before_it_starts(
 @pytest.mark.parametrize("head", ["unet", "coordinate_mlp", "attention"])
 def test_flops_need_no_computing(head: str) -> None:
     """What MFU goes by is counted on shapes alone, whatever the model's device, and is what a real pass takes."""
-    model = DiP(patch_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=3, head=head)
+    model = DiP(patch_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=3, head=head).train()
 
     def counted(images: int) -> int:
         x, t, y = torch.randn(images, 3, 32, 32), torch.rand(images), torch.zeros(images, dtype=torch.long)
-        with torch.no_grad():
-            return count_flops(lambda: model(x, t, y))
+        return count_flops(lambda: model(x, t, y).sum().backward())
 
-    assert training_flops(model, 32, 32) == 3 * (counted(2) - counted(1))
+    whole = training_flops(model, 32, 32)
+    assert whole == counted(2) - counted(1)
+    model.enable_gradient_checkpointing()
+    assert training_flops(model, 32, 32) == whole
+    model.disable_gradient_checkpointing()
+    model.detailer.requires_grad_(False)
+    assert training_flops(model, 32, 32) == counted(2) - counted(1) < whole
 
 
 def test_losses_are_what_they_were(tmp_path: Path) -> None:
