@@ -46,7 +46,7 @@ def bench_command(arguments: Any) -> None:
     console = PlainConsole()
     device = choose_device(arguments.device)
     torch.manual_seed(0)
-    model, size = _model(arguments)
+    model, size = model_to_time(arguments.model, arguments.height, arguments.width)
     check_size(*size, model.config.patch_size)
     if arguments.out:
         check_writable(arguments.out)
@@ -104,20 +104,20 @@ def _measure(
     return result, {"batch": batch, "processes": processes, "rounds": rounds}
 
 
-def _model(arguments: Any) -> tuple[DiP, tuple[int, int]]:
-    """The model, with weights moved off their start so that no gate is closed, and the size."""
-    if "/" in arguments.model and arguments.model.split("/")[0].startswith(("dip-", "dit-")):
-        model = DiP.from_preset(arguments.model)
-        side = 16 * model.config.patch_size
-        height, width = side, side
+def model_to_time(name: str, height: int | None = None, width: int | None = None) -> tuple[DiP, tuple[int, int]]:
+    """A preset's or a checkpoint's model, with weights moved off their start so that no gate is closed, and the size
+    (height, width) of its images unless one is given."""
+    if "/" in name and name.split("/")[0].startswith(("dip-", "dit-")):
+        model = DiP.from_preset(name)
+        own = 2 * (16 * model.config.patch_size,)
     else:
-        pipeline = load_pipeline(arguments.model, torch.device("cpu"))
-        model, height, width = pipeline.model, pipeline.config.height, pipeline.config.width
+        pipeline = load_pipeline(name, torch.device("cpu"))
+        model, own = pipeline.model, (pipeline.config.height, pipeline.config.width)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for block in model.backbone.blocks:
             block.modulation.weight += 0.02 * torch.randn(block.modulation.weight.shape, generator=generator)
-    return model, (arguments.height or height, arguments.width or width)
+    return model, (height or own[0], width or own[1])
 
 
 def _table(result: Mapping[str, Any]) -> list[Any]:

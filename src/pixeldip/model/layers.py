@@ -3,11 +3,17 @@
 B batch, N patches in raster order, D hidden size, h heads, d = D / h.
 """
 
+import importlib.util
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+    from . import kernels
+else:
+    kernels = None
 
 ROPE_EXTENT = 16.0  # positions run over [0, 16] whatever the grid, as in the release
 ROPE_BASE = 10000.0
@@ -102,6 +108,7 @@ class Attention(nn.Module):
     """Self-attention with RMS-normalised queries and keys and 2-D rotary positions."""
 
     attend = staticmethod(attend)
+    fused = False  # by `kernels`, on a CUDA device
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -113,9 +120,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, h, d)
-        q = apply_rope(self.q_norm(q), rope)
-        k = apply_rope(self.k_norm(k), rope)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        if self.fused and x.is_cuda:
+            q, k, v = kernels.queries_keys_values(qkv, self.q_norm.weight, self.k_norm.weight, rope, self.q_norm.eps)
+        else:
+            q, k, v = qkv.unbind(2)  # (B, N, h, d)
+            q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         attended = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -141,6 +151,8 @@ def swiglu_inner(hidden_size: int, mlp_ratio: float) -> int:
 class Block(nn.Module):
     """DiT block; `modulation` is one linear layer on the condition, in the backbone c = silu(t_emb + y_emb)."""
 
+    fused = False  # by `kernels`, on a CUDA device
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, condition_size: int | None = None):
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)
@@ -154,5 +166,11 @@ class Block(nn.Module):
         if modulation is None:
             modulation = self.modulation(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1.unsqueeze(1) * self.attention(modulate(self.norm1(x), shift1, scale1), rope)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        if self.fused and x.is_cuda:
+            normed = kernels.norm_modulate(x, modulation, self.norm1.weight, self.norm1.eps)
+            attended = self.attention(normed, rope)
+            x, normed = kernels.add_norm_modulate(x, attended, modulation, self.norm2.weight, self.norm2.eps)
+        else:
+            x = x + gate1.unsqueeze(1) * self.attention(modulate(self.norm1(x), shift1, scale1), rope)
+            normed = modulate(self.norm2(x), shift2, scale2)
+        return x + gate2.unsqueeze(1) * self.mlp(normed)

@@ -1,0 +1,112 @@
+"""Where the time of a step goes: by kind of kernel, as torch's profiler sees them, a table and one JSON line.
+
+    python benchmarks/profile_step.py {sampling,training} [--model dip-xl/16] [--batch 64] [--device cuda] [--out FILE]
+
+Compiled, as the commands run it with --compile; a step of sampling is a guided one in bf16, with its modulation
+computed ahead, and without graphs, into which the profiler does not see.
+"""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pixeldip.bench import model_to_time
+from pixeldip.bench.latency import noise_and_labels, replayed, sampling_contender
+from pixeldip.bench.timing import Ceilings, synchronise
+from pixeldip.bench.training import TrainingStep
+from pixeldip.processes import Processes, choose_device, choose_precision
+from pixeldip.provenance import environment
+
+KINDS = {  # the first pattern that a kernel's name matches
+    "attention": r"flash|fmha|attention|sdpa",
+    "convolutions": r"conv|wgrad|dgrad|fprop|implicit|nchw|nhwc|cudnn",
+    "products": r"gemm|nvjet|cutlass|cublas|splitk|addmm|::mm|::bmm",
+    "optimizer, average, norm of the gradient": r"multi_tensor|adam|foreach|lerp|norm_kernel",
+    "compiled elementwise and sums": r"triton|cpp_fused|graph_\d",
+    "copies and zeros": r"memcpy|memset|copy|fill|::cat",
+    "other elementwise and sums": r"",
+}
+STEPS, MOST_NAMED = 3, 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("sampling", "training"))
+    parser.add_argument("--model", default="dip-xl/16")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN choose convolutions by their time")
+    parser.add_argument("--triton", action="store_true", help="with the Triton kernels")
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    torch.backends.cudnn.benchmark = asked.cudnn_benchmark
+    device = choose_device(asked.device)
+    torch.manual_seed(0)
+    model, size = model_to_time(asked.model)
+    model.to(device)
+    if asked.triton:
+        model.enable_triton_kernels()
+    x, y = noise_and_labels(model, size, asked.batch, device)
+    model.compile_repeated_blocks(dynamic=False)
+    if asked.what == "training":
+        training = TrainingStep(model, choose_precision("auto", device))
+        step = lambda: training(x, y)  # noqa: E731
+    else:
+        called = replayed(model.eval().requires_grad_(False).type(torch.bfloat16))
+        called.graphs = False
+        step = sampling_contender(called, x, y).step
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    synchronise(device)
+    warm = time.perf_counter() - began
+    seconds = []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        step()
+        synchronise(device)
+        seconds.append(time.perf_counter() - began)
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _ in range(STEPS):
+            step()
+        synchronise(device)
+    kernels = {}
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if own:
+            kernels[event.key] = {"milliseconds": own / 1e3 / STEPS, "calls": event.count / STEPS}
+    kinds = dict.fromkeys(KINDS, 0.0)
+    for name, kernel in kernels.items():
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
+        kinds[kind] += kernel["milliseconds"]
+    largest = sorted(kernels, key=lambda name: -kernels[name]["milliseconds"])[:MOST_NAMED]
+    record = {
+        "benchmark": f"profile of {asked.what}",
+        **{name: value for name, value in vars(asked).items() if name not in ("what", "out", "device")},
+        "warm_up_seconds": warm,
+        "milliseconds": 1e3 * min(seconds),
+        "images_per_second": asked.batch / min(seconds),
+        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        "kernels": {name: kernels[name] for name in largest},
+        "ceiling_gflops": Ceilings.measure(device, torch.bfloat16).flops / 1e9,
+        "environment": environment(Processes(0, 1, device)),
+    }
+    if device.type == "cuda":
+        record["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    print(f"{1e3 * min(seconds):.1f} ms a step of {asked.batch} images, {asked.batch / min(seconds):.1f} images/s")
+    for kind, milliseconds in record["kinds"].items():
+        print(f"{milliseconds:9.2f} ms  {kind}")
+    line = json.dumps(record)
+    print(line)
+    if asked.out:
+        asked.out.write_text(line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
