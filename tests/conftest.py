@@ -134,10 +134,11 @@ def opened_up(model: DiP, seed: int = 0) -> DiP:
     return model
 
 
-def saved_model(folder: Path, size: int) -> Path:
+def saved_model(folder: Path, size: int, sampling: dict | None = None, **changes: object) -> Path:
     """A pipeline of three named classes, its weights moved off their initial values."""
-    model = opened_up(DiP(**TINY_MODEL, num_classes=3))
-    DiPPipeline(model, height=size, width=size, class_names=["ant", "bee", "cow"]).save_pretrained(folder)
+    model = opened_up(DiP(**{**TINY_MODEL, **changes}, num_classes=3))
+    names = ["ant", "bee", "cow"]
+    DiPPipeline(model, height=size, width=size, class_names=names, sampling=sampling).save_pretrained(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,13 +71,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    """The page, served by `pixeldip app` until Ctrl-C."""
+@contextmanager
+def served(folder: Path, *models: str) -> Iterator[str]:
+    """The page's address, served by `pixeldip app` until Ctrl-C."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "pixeldip.cli", "app", "models/insects", "--port", str(port)]
+    command = [sys.executable, "-m", "pixeldip.cli", "app", *models, "--port", str(port)]
     flags = ["--device", "cpu", "--precision", "fp32", "--max-images", "8", "--max-steps", "2000", "--max-queue", "2"]
     server = subprocess.Popen(
         [*command, *flags],
@@ -95,6 +96,12 @@ def address(folder: Path) -> Iterator[str]:
         server.kill()
 
 
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with served(folder, "models/insects") as address:
+        yield address
+
+
 @pytest.fixture
 def page(browser: Browser, address: str, tmp_path: Path) -> Iterator[Page]:
     page = opened(browser, address, DESKTOP)
@@ -105,13 +112,19 @@ def page(browser: Browser, address: str, tmp_path: Path) -> Iterator[Page]:
     assert elsewhere == []
 
 
-def opened(browser: Browser, address: str, viewport: dict[str, int]) -> Page:
-    """A fresh page that has answered; it must ask nothing of other places."""
+def visited(browser: Browser, address: str, viewport: dict[str, int]) -> Page:
+    """A fresh page; it must ask nothing of other places."""
     page = browser.new_context(viewport=viewport).new_page()
     page.set_default_timeout(PATIENCE)
     expect.set_options(timeout=PATIENCE)
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else ELSEWHERE.append(r.url))
     page.goto(address)
+    return page
+
+
+def opened(browser: Browser, address: str, viewport: dict[str, int]) -> Page:
+    """A fresh page that has answered."""
+    page = visited(browser, address, viewport)
     expect(field(page, "Model")).to_have_value("models/insects")
     expect(page.get_by_label("Height").first).to_have_value("16")
     return page
@@ -236,7 +249,7 @@ def test_stop(page: Page, folder: Path) -> None:
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#progress")).to_contain_text("/2000")
     page.get_by_role("button", name="Stop").first.click()
-    expect(page.locator("#progress")).to_have_text("stopped")
+    expect(page.locator("#progress")).to_have_text("not completed")
     page.get_by_label("number input for Steps").first.fill("1")
     page.keyboard.press("Tab")
     page.get_by_label("Seeds (at most 8)").first.fill("1")
@@ -269,6 +282,24 @@ def test_what_the_head_adds(page: Page) -> None:
     slider.focus()
     page.keyboard.press("Home")
     expect(page.get_by_text("t = 0.000")).to_be_visible()
+
+
+def test_models_that_cannot_be_read_or_have_no_head(browser: Browser, tmp_path: Path) -> None:
+    saved_model(tmp_path / "models" / "damaged", 16)
+    (tmp_path / "models" / "damaged" / "model" / "config.json").write_text("{", encoding="utf-8")
+    saved_model(tmp_path / "models" / "dit", 16, head="linear", head_width=None, sampling={"num_inference_steps": 7})
+    with served(tmp_path) as address:
+        page = visited(browser, address, DESKTOP)
+        told(page, "models/damaged/model/config.json: cannot be read")
+        for tab, label in (("Compare", "Model of B"), ("Head", "Model")):
+            page.get_by_role("tab", name=tab).click()
+            page.get_by_label(label, exact=True).locator("visible=true").click()
+            page.get_by_role("option", name="models/dit").locator("visible=true").click()
+            if tab == "Compare":
+                expect(page.get_by_label("number input for Steps").nth(2)).to_have_value("7")
+        page.get_by_role("button", name="Measure").click()
+        told(page, "models/dit is DiT-only")
+        page.context.close()
 
 
 def test_follow_a_run(page: Page, folder: Path) -> None:

@@ -13,9 +13,9 @@ from ..images import psnr
 from .engine import watch
 from .gallery import Gallery
 from .generate import requested
-from .messages import told_in_page
+from .messages import told_elsewhere, told_in_page
 from .models import Models
-from .parts import PLAIN, SAMPLING, TELLING, offered, pixel_image
+from .parts import NOT_COMPLETED, PLAIN, SAMPLING, TELLING, offered, pixel_image
 from .settings import ImageSettings, Limits, SolutionControls, SubjectControls, solution_controls, subject_controls
 
 
@@ -61,11 +61,14 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
     def subject_of(name: str | None) -> list[Any]:
         return SubjectControls.updates(models.load(name), limits) if name else [gr.skip()] * len(subject.inputs)
 
-    def solutions_of(name: str | None) -> list[Any]:
+    def solution_of(name: str | None) -> list[Any]:
         if not name:
-            return [gr.skip()] * 2 * len(a.solution.inputs)
-        guided = SolutionControls.values(models.load(name).default_settings, limits)
-        return [*guided, 1.0, *guided[1:]]
+            return [gr.skip()] * len(a.solution.inputs)
+        return SolutionControls.values(models.load(name).default_settings, limits)
+
+    def with_and_without_guidance(name: str | None) -> list[Any]:
+        guided = solution_of(name)
+        return [*guided, 1.0, *guided[1:]] if name else 2 * guided
 
     def compare(*values: Any) -> Iterator[tuple]:
         count, each = len(subject.inputs), len(a.inputs)
@@ -88,9 +91,12 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
         yield gr.skip(), gr.skip(), f"A: {said_a}  \nB: {said_b}  \n{difference(one, other)}"
 
     opening = page.load(open_page, None, [a.model, b.model], **PLAIN)
-    opening.then(told_in_page(subject_of), a.model, subject.inputs, **PLAIN)
-    opening.then(told_in_page(solutions_of), a.model, [*a.solution.inputs, *b.solution.inputs], **PLAIN)
+    both = [*a.solution.inputs, *b.solution.inputs]
+    for show, controls in ((subject_of, subject.inputs), (with_and_without_guidance, both)):
+        opening.then(told_elsewhere(show, len(controls)), a.model, controls, **PLAIN)
     a.model.input(told_in_page(subject_of), a.model, subject.inputs, **TELLING)
+    for side in sides:
+        side.model.input(told_in_page(solution_of), side.model, side.solution.inputs, **TELLING)
     running = start.click(
         told_in_page(compare),
         [*subject.inputs, *a.inputs, *b.inputs],
@@ -99,7 +105,7 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
         show_progress_on=line,
         **SAMPLING,
     )
-    running.failure(lambda: "stopped", None, line, **PLAIN)
+    running.failure(lambda: NOT_COMPLETED, None, line, **PLAIN)
     stop.click(None, None, None, cancels=running, **PLAIN)
 
 

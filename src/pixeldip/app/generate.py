@@ -13,7 +13,7 @@ from .engine import Moment, watch
 from .gallery import Gallery
 from .messages import told_in_page, warn_in_page
 from .models import Models
-from .parts import PLAIN, SAMPLING, TELLING, offered, pixel_image
+from .parts import NOT_COMPLETED, PLAIN, SAMPLING, TELLING, offered, pixel_image
 from .settings import (
     ImageSettings,
     Limits,
@@ -64,7 +64,12 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
             line = gr.Markdown("", elem_id="progress")
             with gr.Row():
                 moment = gr.Slider(0, 1, 1, step=1, label="Path, noise to image", interactive=False)
-                what = gr.Radio([HEADING, NOISY], value=HEADING, label="Show")
+                what = gr.Radio(
+                    [HEADING, NOISY],
+                    value=HEADING,
+                    label="Show",
+                    info="with Ancestral, whose noise is fresh, x_t alone",
+                )
             gr.Markdown("### Gallery\nNewest first. Every PNG file says how it was made: choose one to read it.")
             pictures = gr.Gallery(
                 show_label=False,
@@ -148,7 +153,9 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         subject = [gr.update(choices=names, value=kept, visible=bool(names)), *SubjectControls.values(settings)[1:]]
         return [gr.update(choices=models.names(), value=name), *subject, *solution]
 
-    page.load(open_page, None, [model, pictures, shown], **PLAIN).then(told_in_page(defaults), model, controls, **PLAIN)
+    page.load(open_page, None, [model, pictures, shown], **PLAIN).then(
+        told_in_page(defaults), model, controls, **TELLING
+    )
     model.input(told_in_page(defaults), model, controls, **TELLING)
     running = gr.on(
         [start.click, subject.seeds.submit],
@@ -161,7 +168,9 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         **SAMPLING,
     )
     running.success(show_gallery, None, [pictures, shown], **PLAIN)
-    running.failure(lambda: "stopped", None, line, **PLAIN)  # told once it has ended: its last view cannot come later
+    running.failure(
+        lambda: NOT_COMPLETED, None, line, **PLAIN
+    )  # told once it has ended: its last view cannot come later
     stop.click(None, None, None, cancels=running, **PLAIN)
     gr.on(
         [moment.input, what.input],

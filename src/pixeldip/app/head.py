@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..flow import SOLVERS, clean_image, guided_velocity, seeded_normal, start_state, time_grid
 from ..model import DiP
 from ..pipeline import DiPPipeline
 from .engine import Pace, sheet, watched
-from .messages import told_in_page
+from .messages import told_elsewhere, told_in_page
 from .models import Models
 from .parts import PLAIN, SAMPLING, TELLING, offered, pixel_image
 from .settings import ImageSettings, Limits, class_names
@@ -170,6 +171,8 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         settings = ImageSettings(model=name or "", seeds=seeds, steps=STEPS)
         chosen = settings.check(Limits(images=IMAGES, steps=STEPS))
         pipeline = models.load(settings.model)
+        if pipeline.model.config.head == "linear":
+            raise UserError(f"{settings.model} is DiT-only: it has no head that paints pixels")
         patch_size, size = pipeline.model.config.patch_size, (pipeline.config.height, pipeline.config.width)
         pace, seen = Pace(STEPS), []
         work = watched(lambda tell: compare_contexts(pipeline, label, chosen, tell))
@@ -194,7 +197,7 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         step = seen[min(int(index), len(seen) - 1)]
         return [f"t = {step.t:.3f}", *step.pictures]
 
-    page.load(lambda: offered(models), None, model, **PLAIN).then(told_in_page(classes_of), model, label, **PLAIN)
+    page.load(lambda: offered(models), None, model, **PLAIN).then(told_elsewhere(classes_of, 1), model, label, **PLAIN)
     model.input(told_in_page(classes_of), model, label, **TELLING)
     start.click(
         told_in_page(measure),

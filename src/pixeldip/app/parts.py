@@ -9,6 +9,8 @@ from .models import Models
 SAMPLING = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 TELLING = {"api_visibility": "private", "show_progress": "hidden"}  # Gradio shows messages of queued events only
 PLAIN = {"queue": False, **TELLING}
+NOT_COMPLETED = "not completed"
+"""What a page says of a request that was stopped or refused; why it was refused is a message."""
 
 
 def pixel_image(**more: Any) -> gr.Image:

@@ -164,7 +164,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
     def show(name: str | None, index: float) -> Any:
         previews = preview_files(Path(name)) if name in models.runs() else []
         if not previews:
-            return gr.update(value=None, label="Preview")
+            return gr.update(value=None, label="No preview yet")
         file = previews[min(int(index), len(previews) - 1)]
         try:
             return gr.update(value=decode(file.read_bytes()), label=f"Step {step_of(file):,}")
