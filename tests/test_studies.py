@@ -15,7 +15,7 @@ from pixeldip.cli import main
 from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe
 from pixeldip.studies import STUDIES
-from pixeldip.studies.comparison_report import differ
+from pixeldip.studies.comparison_report import difference, student_t
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
 from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
@@ -132,9 +132,18 @@ def test_psnr() -> None:
 
 
 def test_what_counts_as_different() -> None:
-    assert differ([1.0, 2.0, 3.0], [1.5, 2.5, 3.6]) is True  # alike from seed to seed
-    assert differ([1.0, 2.0, 3.0], [2.0, 1.5, 3.1]) is False
-    assert differ([1.0], [2.0]) is None
+    mean, error, apart = difference([1.0, 2.0, 3.0], [1.5, 2.5, 3.6])  # alike from seed to seed
+    assert (mean, error, apart) == (pytest.approx(-1.6 / 3), pytest.approx(0.1 / 3), True)
+    assert difference([1.0, 2.0, 3.0], [2.0, 1.5, 3.1])[2] is False
+    assert difference([1.0, 2.0], [2.0, 3.2])[2] is False  # 11 standard errors are few, of two seeds
+    mean, error, apart = difference([1.0], [2.0])
+    assert mean == -1 and math.isnan(error) and apart is False
+
+
+def test_student_t() -> None:
+    t = pytest.importorskip("scipy.stats").t
+    assert [student_t(seeds) for seeds in range(2, 12)] == pytest.approx(t.ppf(0.975, range(1, 11)), abs=6e-4)
+    assert student_t(100) == student_t(11)
 
 
 def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -144,12 +153,16 @@ def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFi
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
     assert len(first) == 2
     assert "Intermediate" not in (tmp_path / "report.md").read_text()
-    assert "?" in (tmp_path / "report.md").read_text()
+    assert "nothing can be said" in (tmp_path / "report.md").read_text()
     capsys.readouterr()
     assert study(*arguments, "--seeds", 2) == 0
     assert "run 2 of 8" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in first} == first
-    result = json.loads((tmp_path / "runs" / "hybrid-seed1" / "result.json").read_text())
+
+    def result_of(name: str, seed: int) -> dict:
+        return json.loads((tmp_path / "runs" / f"{name}-seed{seed}" / "result.json").read_text())
+
+    result = result_of("hybrid", 1)
     assert (result["contender"], result["seed"], result["recipe"]["training"]["seed"]) == ("hybrid", 1, 1)
     assert {"kid_efficientnet", "fd_mid_efficientnet", "boundary"} <= result["metrics"].keys()
     assert result["environment"]["torch"] == torch.__version__ and result["command"]
@@ -157,6 +170,11 @@ def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFi
         text = (tmp_path / page).read_text()
         for label in ("DiT-only", "Post-hoc refinement", "Intermediate injection", "Hybrid injection", "real images"):
             assert label in text
+        pairs = [line for line in text.splitlines() if "Post-hoc refinement − " in line or "DiT-only − " in line]
+        assert len(pairs) == 5 and "nothing can be said" not in text
+        values = {name: [result_of(name, seed)["validation_loss"] for seed in (0, 1)] for name in ("dit", "post")}
+        mean, error, _ = difference(values["dit"], values["post"])
+        assert f"{mean:.4f} ± {error:.4f}".replace("-", "−") in pairs[0]
     assert text.count("data:image/png;base64,") == 4 and text.count("<svg") == 2
     for file in ("measures.svg", "loss-by-time.svg", "samples-dit.png", "samples-hybrid.png"):
         assert f"figures/{file}" in (tmp_path / "report.md").read_text() and (tmp_path / "figures" / file).is_file()

@@ -1,5 +1,6 @@
 """The page about a comparison, as HTML and Markdown: a table, plots with error bars, samples, commands."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from .folder import COSTS, RESULT, SAMPLES, SETTINGS, read_json
 from .study import Contender, Study
 
 LOSS = "validation_loss"
-ERRORS_APART = 2.0
-"""Standard errors of the paired difference from which two contenders count as different."""
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Two-sided 95% quantiles of Student's t for 1, 2 … 10 degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,6 @@ class Measure:
     digits: int
     better: str
     floor: float | None
-
-    @property
-    def lower_is_better(self) -> bool:
-        return self.better == "lower"
 
     @property
     def direction(self) -> str:
@@ -93,7 +90,9 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
         "head": ["", *(m.label for m in measures), "parameters", "GFLOPs", "guided step", "training"],
         "table": [_cells(row, measures, rows) for row in rows],
         "floors": ["real images", *(_floor(m) for m in measures), "", "", "", ""],
-        "orders": [(m.label, _order(rows, m)) for m in measures if m.lower_is_better],
+        "difference_head": ["", *(m.label for m in measures)],
+        "differences": _differences(rows, measures),
+        "t": f"{student_t(seeds):.1f}" if seeds > 1 else "",
         "paper": _paper(contenders),
         "figures": figures,
         "samples": samples,
@@ -133,23 +132,38 @@ def _floor(measure: Measure) -> str:
     return "" if measure.floor is None else measure.text([measure.floor])
 
 
-def _order(rows: Sequence[Row], measure: Measure) -> str:
-    """Best first; ≈ where neighbours differ by less than two standard errors, seed by seed."""
-    ranked = sorted(rows, key=lambda row: statistics.fmean(row.values(measure.name)))
-    text = ranked[0].contender.label
-    for better, worse in zip(ranked, ranked[1:]):
-        apart = differ(better.values(measure.name), worse.values(measure.name))
-        text += f" {'>' if apart else '≈' if apart is False else '?'} {worse.contender.label}"
-    return text
+def _differences(rows: Sequence[Row], measures: Sequence[Measure]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Every pair of contenders: its name, and for each measure the difference, and whether it counts as one."""
+    table = []
+    for a, b in itertools.combinations(rows, 2):
+        cells = []
+        for m in measures:
+            mean, error, apart = difference(a.values(m.name), b.values(m.name))
+            spread = "" if math.isnan(error) else f" ± {m.scale * error:.{m.digits}f}"
+            cells.append((f"{m.scale * mean:.{m.digits}f}{spread}".replace("-", "−"), apart))
+        table.append((f"{a.contender.label} − {b.contender.label}", cells))
+    return table
 
 
-def differ(a: Sequence[float], b: Sequence[float]) -> bool | None:
-    """Whether two contenders differ by more than the seeds explain; None with fewer than two seeds."""
-    if len(a) < 2:
-        return None
+def student_t(seeds: int) -> float:
+    """How many standard errors from 0 a mean over so many seeds, at least two, may be by chance, at 95%.
+
+    More than 11 seeds get the value of 11, a little too large.
+    """
+    return STUDENT_T[min(seeds - 1, len(STUDENT_T)) - 1]
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, bool]:
+    """Of two contenders, seed by seed: the mean difference, its standard error, and whether it is more than chance.
+
+    With one seed the error is NaN, and no difference is.
+    """
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return abs(statistics.fmean(differences)) > ERRORS_APART * error
+    mean, seeds = statistics.fmean(differences), len(differences)
+    if seeds < 2:
+        return mean, math.nan, False
+    error = statistics.stdev(differences) / math.sqrt(seeds)
+    return mean, error, abs(mean) > student_t(seeds) * error
 
 
 def _paper(contenders: Sequence[Contender]) -> list[list[str]]:
