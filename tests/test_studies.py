@@ -180,8 +180,9 @@ def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"figures/{file}" in (tmp_path / "report.md").read_text() and (tmp_path / "figures" / file).is_file()
     # another study of the same folder would mix two things
     assert study("placement", "--out", tmp_path, "--steps", 2, "--images", 10) == 2
+    assert "holds a study with another recipe.training.steps (1, now 2): give the same" in capsys.readouterr().err
     assert study("heads", "--out", tmp_path) == 2
-    assert "holds a study with another study" in capsys.readouterr().err
+    assert "holds a study with another study (placement, now heads)" in capsys.readouterr().err
 
 
 def test_overfitting_any_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
             assert words in text
     assert text.count("data:image/png;base64,") == 3 and text.count("<svg") == 1
     assert sweep(model, "--reference", real, "--images", 11, "--out", out) == 2
-    assert "holds a study with another sweep" in capsys.readouterr().err
+    assert "holds a study with another sweep.images (12, now 11)" in capsys.readouterr().err
 
 
 def test_the_verdict_names_the_best_and_the_fastest_as_good() -> None:

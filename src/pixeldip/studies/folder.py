@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..files import check_writable, write_text
 from ..processes import Processes, start_processes
 from ..provenance import made_by
+from ..training.preparation import flatten
 
 SETTINGS = "study.json"
 RESULT = "result.json"  # of each run
@@ -29,11 +30,12 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     if not path.is_file():
         write_result(path, settings)
         return
-    theirs = read_json(path)
-    for key, value in json.loads(json.dumps(settings)).items():
+    theirs = flatten(read_json(path))
+    for key, value in flatten(json.loads(json.dumps(settings))).items():
         if theirs.get(key) != value:
             raise UserError(
-                f"{out} holds a study with another {key}: give the same arguments, or another folder with --out"
+                f"{out} holds a study with another {key} ({theirs.get(key)}, now {value}): give the same arguments, or "
+                "another folder with --out"
             )
 
 

@@ -125,7 +125,7 @@ def check_resume(run: Path, recipe: Recipe) -> None:
     path = run / RECIPE
     if not path.is_file() or not newest_checkpoint(run):
         return
-    ours, theirs = (_flatten(recipe_values(r)) for r in (recipe, load_recipe(str(path))))
+    ours, theirs = (flatten(recipe_values(r)) for r in (recipe, load_recipe(str(path))))
     for key in ours:
         if ours[key] != theirs[key] and key not in _MAY_CHANGE and key.split(".")[0] not in _MAY_CHANGE:
             raise UserError(
@@ -163,10 +163,11 @@ def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any],
     return found, changed
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, its keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
