@@ -46,6 +46,16 @@ class StillImages:
 
 
 @pytest.fixture
+def held_out_folder(tmp_path: Path) -> Path:
+    """Other pictures of the classes of `picture_folder`."""
+    for k, name in enumerate(("ant", "bee")):
+        (tmp_path / "held-out" / name).mkdir(parents=True)
+        for i in range(6):
+            make_picture(100 + 10 * k + i).save(tmp_path / "held-out" / name / f"{i}.png")
+    return tmp_path / "held-out"
+
+
+@pytest.fixture
 def still() -> StillImages:
     return StillImages()
 
@@ -146,9 +156,12 @@ def test_student_t() -> None:
     assert student_t(100) == student_t(11)
 
 
-def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_comparison_and_what_it_keeps(
+    picture_folder: Path, held_out_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """One seed and two contenders, then all: the first runs stay as they are, and the report speaks of all."""
     arguments = ["placement", "--out", tmp_path, "--steps", 1, "--images", 10]
+    arguments += ["--data", picture_folder, "--held-out", held_out_folder, "--held-out-split", "train"]
     assert study(*arguments, "--seeds", 1, "--contenders", "dit", "hybrid") == 0
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
     assert len(first) == 2
@@ -179,10 +192,13 @@ def test_a_comparison_and_what_it_keeps(tmp_path: Path, capsys: pytest.CaptureFi
     for file in ("measures.svg", "loss-by-time.svg", "samples-dit.png", "samples-hybrid.png"):
         assert f"figures/{file}" in (tmp_path / "report.md").read_text() and (tmp_path / "figures" / file).is_file()
     # another study of the same folder would mix two things
-    assert study("placement", "--out", tmp_path, "--steps", 2, "--images", 10) == 2
+    assert study(*arguments, "--steps", 2) == 2
     assert "holds a study with another recipe.training.steps (1, now 2): give the same" in capsys.readouterr().err
     assert study("heads", "--out", tmp_path) == 2
     assert "holds a study with another study (placement, now heads)" in capsys.readouterr().err
+    make_picture(99).save(picture_folder / "ant" / "0.png")  # another image of the same name
+    assert study(*arguments, "--seeds", 3) == 2
+    assert "holds a study with another contents.training (sha256:" in capsys.readouterr().err
 
 
 def test_overfitting_any_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,6 +248,10 @@ def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
         (["heads", "--data", "{pictures}"], "name images that are not trained on, --held-out"),
         (["heads", "--data", "{pictures}", "--held-out", "emoji"], "they must be the same"),
         (
+            ["heads", "--data", "{pictures}", "--held-out-split", "train"],
+            "12 of 12 are training images, too; {pictures}",
+        ),
+        (
             ["features", "--data", "{plain}", "--held-out", "{plain}", "--held-out-split", "train"],
             "at least two classes",
         ),
@@ -255,5 +275,5 @@ def test_mistakes(
     places = {"pictures": picture_folder, "plain": picture_folder / "ant", "broken": tmp_path / "broken.jpg"}
     assert study(*(a.format(**places) for a in arguments), "--out", tmp_path / "study") == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message.format(**places) in error and "Traceback" not in error
     assert not (tmp_path / "study" / "runs").exists()

@@ -1,8 +1,10 @@
 """A comparison: every contender trained with several seeds, measured the same way, one report at the end."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from ..data import Source, open_source
 from ..errors import UserError
+from ..files import file_sha256
 from ..images import grid
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes
@@ -70,16 +73,23 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
     """Trains and measures what is not there yet; returns the exit status.
 
     Raises:
-        UserError: if the folder holds a study of other settings, or the data cannot be used.
+        UserError: if the folder holds a study of other settings or images, or the data cannot be used.
     """
     base = base_recipe(study, options)
-    held_out = open_held_out(base, options)
+    training, held_out = open_images(base, options)
     if comparison.needs_classes and len(held_out.class_names) < 2:
         raise UserError(f"the {study.name} study needs images of at least two classes, a sub-folder or label for each")
     contenders = chosen_contenders(study, options)
     held_out_from = {"source": options.held_out or base.data.source, "split": options.held_out_split}
     recipe = recipe_values(base)
-    facts = {"study": study.name, "scale": options.scale, "held_out": held_out_from, "recipe": recipe}
+    found = alone_in(options.device, console, lambda _: contents(training, held_out, base))
+    facts = {
+        "study": study.name,
+        "scale": options.scale,
+        "held_out": held_out_from,
+        "recipe": recipe,
+        "contents": found,
+    }
     runs = [
         (contender, seed, options.out / "runs" / f"{contender.name}-seed{seed}")
         for seed in range(options.seeds)
@@ -139,8 +149,8 @@ def base_recipe(study: Study, options: ComparisonOptions) -> Recipe:
     return changed(recipe, "training", training)
 
 
-def open_held_out(recipe: Recipe, options: ComparisonOptions) -> Source:
-    """The images no contender trains on, with the classes of the training images."""
+def open_images(recipe: Recipe, options: ComparisonOptions) -> tuple[Source, Source]:
+    """The training images, and those no contender trains on, of the same classes."""
     section = dataclasses.replace(
         recipe.data, source=options.held_out or recipe.data.source, split=options.held_out_split
     )
@@ -156,7 +166,44 @@ def open_held_out(recipe: Recipe, options: ComparisonOptions) -> Source:
             f"held-out images: their classes are {some(held_out.class_names, 5) or 'none'}, the training images' are "
             f"{some(training.class_names, 5) or 'none'}; they must be the same"
         )
-    return held_out
+    return training, held_out
+
+
+def contents(training: Source, held_out: Source, recipe: Recipe) -> dict[str, str]:
+    """SHA-256 of the files' bytes and classes, by set: with other images it is another study.
+
+    Raises:
+        UserError: if a held-out image is a training image, too.
+    """
+    trained, held = _hashes(training), _hashes(held_out)
+    places = {hash_: i for i, hash_ in enumerate(trained) if hash_}
+    if both := [i for i, hash_ in enumerate(held) if hash_ in places]:
+        ours, theirs = held_out.read(both[0])[2], training.read(places[held[both[0]]])[2]
+        raise UserError(
+            f"held-out images: {len(both)} of {len(held)} are training images, too; {ours} is the same file as "
+            f"{theirs}. Hold out images that are not trained on"
+        )
+    found = {"training": _together(trained, training), "held_out": _together(held, held_out)}
+    reference = Path(recipe.evaluation.reference)
+    return found | ({"reference": f"sha256:{file_sha256(reference)}"} if reference.is_file() else {})
+
+
+def _hashes(images: Source) -> list[bytes]:
+    """Of each file's bytes; empty for those that cannot be read."""
+
+    def hash_of(index: int) -> bytes:
+        try:
+            return hashlib.sha256(images.read(index)[0]).digest()
+        except OSError:  # training and measuring pass over them
+            return b""
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(hash_of, range(len(images))))
+
+
+def _together(hashes: Sequence[bytes], images: Source) -> str:
+    labels = images.labels()
+    return "sha256:" + hashlib.sha256(b"".join(hashes) + (b"" if labels is None else labels.tobytes())).hexdigest()
 
 
 def _prepare(
