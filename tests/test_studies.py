@@ -244,7 +244,8 @@ def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
         (["heads", "--images", "3"], "--images"),
         (["heads", "--contenders", "unet", "dti"], "--contenders dti: the heads study has unet, coordinate-mlp"),
         (["heads", "--reference", "no.npz"], "no.npz: no such file"),
-        (["heads", "--data", "nowhere"], "no such folder"),
+        (["heads", "--data", "nowhere"], "study: --data nowhere: no such folder"),
+        (["heads", "--scale", "paper"], "--data is missing: name the training images"),
         (["heads", "--data", "{pictures}"], "name images that are not trained on, --held-out"),
         (["heads", "--data", "{pictures}", "--held-out", "emoji"], "they must be the same"),
         (

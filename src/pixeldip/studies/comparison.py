@@ -151,6 +151,12 @@ def base_recipe(study: Study, options: ComparisonOptions) -> Recipe:
 
 def open_images(recipe: Recipe, options: ComparisonOptions) -> tuple[Source, Source]:
     """The training images, and those no contender trains on, of the same classes."""
+    if not recipe.data.source:
+        raise UserError(f"--data is missing: name the training images; the {options.scale} scale has none of its own")
+    try:
+        training = open_source(recipe.data)
+    except UserError as error:
+        raise UserError(f"--data {str(error).removeprefix('data.source ')}") from error
     section = dataclasses.replace(
         recipe.data, source=options.held_out or recipe.data.source, split=options.held_out_split
     )
@@ -160,7 +166,6 @@ def open_images(recipe: Recipe, options: ComparisonOptions) -> tuple[Source, Sou
         raise UserError(
             f"held-out images: {error}; name images that are not trained on, --held-out SOURCE --held-out-split SPLIT"
         ) from error
-    training = open_source(recipe.data)
     if held_out.class_names != training.class_names:
         raise UserError(
             f"held-out images: their classes are {some(held_out.class_names, 5) or 'none'}, the training images' are "
