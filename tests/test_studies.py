@@ -191,13 +191,18 @@ def test_a_comparison_and_what_it_keeps(
     assert text.count("data:image/png;base64,") == 4 and text.count("<svg") == 2
     for file in ("measures.svg", "loss-by-time.svg", "samples-dit.png", "samples-hybrid.png"):
         assert f"figures/{file}" in (tmp_path / "report.md").read_text() and (tmp_path / "figures" / file).is_file()
+    # a smaller report does not take the place of the larger one
+    report = (tmp_path / "report.html").read_bytes()
+    assert study(*arguments, "--seeds", 2, "--contenders", "dit", "post", "intermediate") == 2
+    assert "would lose hybrid-seed0, hybrid-seed1: ask for these, too" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_bytes() == report
     # another study of the same folder would mix two things
     assert study(*arguments, "--steps", 2) == 2
     assert "holds a study with another recipe.training.steps (1, now 2): give the same" in capsys.readouterr().err
     assert study("heads", "--out", tmp_path) == 2
     assert "holds a study with another study (placement, now heads)" in capsys.readouterr().err
     make_picture(99).save(picture_folder / "ant" / "0.png")  # another image of the same name
-    assert study(*arguments, "--seeds", 3) == 2
+    assert study(*arguments, "--seeds", 2) == 2
     assert "holds a study with another contents.training (sha256:" in capsys.readouterr().err
 
 

@@ -23,7 +23,7 @@ from ..run_folder import training_rate
 from ..sampling import SampledImages, load_pipeline
 from ..terminal import clock, some
 from ..training import train
-from .folder import COSTS, RESULT, SAMPLES, alone_in, claim, read_json, write_result
+from .folder import COSTS, RESULT, SAMPLES, alone_in, check_report, claim, read_json, write_result
 from .measures import evaluator_of, measure_costs, measure_quality
 from .study import Contender, Study, changed, contender_recipe
 
@@ -98,7 +98,12 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
     missing = [run for run in runs if not (run[2] / RESULT).is_file()]
     if missing and comparison.prepare:
         _prepare(comparison.prepare, base, held_out, console)
-    alone_in(options.device, console, lambda _: claim(options.out, facts))  # not before mistakes have been told
+
+    def begin(_: Processes) -> None:  # not before mistakes have been told
+        claim(options.out, facts)
+        check_report(options.out, [folder for _, _, folder in runs])
+
+    alone_in(options.device, console, begin)
     began = time.perf_counter()
     for done_here, (contender, seed, folder) in enumerate(missing):
         left = (time.perf_counter() - began) / done_here * (len(missing) - done_here) if done_here else None

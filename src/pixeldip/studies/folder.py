@@ -1,7 +1,7 @@
 """A study's folder: what it says about itself, and files that are complete or not there."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ from ..errors import UserError
 from ..files import check_writable, write_text
 from ..processes import Processes, start_processes
 from ..provenance import made_by
+from ..terminal import some
 from ..training.preparation import flatten
 
 SETTINGS = "study.json"
 RESULT = "result.json"  # of each run
 COSTS = "costs.json"
 SAMPLES = "samples.png"  # of each run
+REPORT = "report.html"
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
@@ -37,6 +39,14 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
                 f"{out} holds a study with another {key} ({theirs.get(key)}, now {value}): give the same arguments, or "
                 "another folder with --out"
             )
+
+
+def check_report(out: Path, runs: Sequence[Path]) -> None:
+    """Raises UserError if the report of these runs would replace one that may be of more."""
+    others = sorted(path.parent for path in out.glob(f"runs/*/{RESULT}") if path.parent not in runs)
+    if others and (out / REPORT).is_file():
+        names = some([path.name for path in others])
+        raise UserError(f"{out / REPORT} would lose {names}: ask for these, too, or move the report away")
 
 
 def alone_in(device: str, console: Console, work: Callable[[Processes], Any]) -> Any:
