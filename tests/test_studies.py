@@ -196,6 +196,18 @@ def test_a_comparison_and_what_it_keeps(
     assert study(*arguments, "--seeds", 2, "--contenders", "dit", "post", "intermediate") == 2
     assert "would lose hybrid-seed0, hybrid-seed1: ask for these, too" in capsys.readouterr().err
     assert (tmp_path / "report.html").read_bytes() == report
+    # what a run has lost is made again from what it still has; what is damaged is named
+    picture = tmp_path / "runs" / "dit-seed0" / "samples.png"
+    samples = picture.read_bytes()
+    picture.write_bytes(samples[:99])
+    assert study(*arguments, "--seeds", 2) == 2
+    assert f"{picture}: damaged" in capsys.readouterr().err
+    picture.unlink()
+    assert study(*arguments, "--seeds", 2) == 0 and picture.read_bytes() == samples
+    result = tmp_path / "runs" / "post-seed1" / "result.json"
+    result.write_text("{}")
+    assert study(*arguments, "--seeds", 2) == 2
+    assert f"{result}: not a study's file; delete it, and the same command" in capsys.readouterr().err
     # another study of the same folder would mix two things
     assert study(*arguments, "--steps", 2) == 2
     assert "holds a study with another recipe.training.steps (1, now 2): give the same" in capsys.readouterr().err

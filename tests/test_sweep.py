@@ -111,6 +111,9 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     assert sweep(*arguments, "--guidance", 1, 3, 8) == 0  # one more: the others stay as they are
     assert "1 of 1" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in files} == files
+    lost = out / "settings" / "ab2-2-guidance1.png"
+    lost.unlink()
+    assert sweep(*arguments, "--guidance", 1, 3, 8) == 0 and lost.is_file()  # made again
     results = [json.loads(path.read_text()) for path in (out / "settings").glob("*.json")]
     assert len({r["metrics"]["kid_efficientnet"] for r in results}) == 3  # guidance changes the samples
     assert {r["count"] for r in results} == {12} and all(r["seconds_per_image"] > 0 for r in results)

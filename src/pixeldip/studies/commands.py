@@ -10,7 +10,8 @@ from ..terminal import PlainConsole
 from .comparison import Comparison, ComparisonOptions, measure_contender, prepare_measures, run_comparison
 from .comparison_report import write_report
 from .comparisons import COMPARISONS
-from .features import FEATURES, check_installed, measure_features, write_features_report
+from .features import FEATURES, FILE, check_installed, measure_features, write_features_report
+from .folder import SAMPLES
 from .overfit import OVERFIT, run_overfit
 from .study import Study
 
@@ -63,8 +64,8 @@ def study_command(arguments: Any) -> int:
         arguments.images,
         arguments.device,
     )
-    comparison = Comparison(measure_contender, write_report, prepare_measures, with_costs=True)
+    comparison = Comparison(measure_contender, write_report, SAMPLES, prepare_measures, with_costs=True)
     if name == FEATURES.name:
         check_installed()
-        comparison = Comparison(measure_features, write_features_report, needs_classes=True)
+        comparison = Comparison(measure_features, write_features_report, FILE, needs_classes=True)
     return run_comparison(STUDIES[name], comparison, options, console)

@@ -57,6 +57,7 @@ class Comparison:
             it, returns what goes into the run's result.
         report: given the study, its folder, the contenders and the number of seeds, writes the report and returns
             the page.
+        keeps: the file that `measure` leaves in a run's folder for the report.
         prepare: called by all processes before the first training: what a measurement will need is there, or it raises.
         with_costs: whether parameters, FLOPs and latency are measured too.
         needs_classes: whether images without classes are refused.
@@ -64,6 +65,7 @@ class Comparison:
 
     measure: Callable[[Path, DiPPipeline, Recipe, Source, Processes, Console], dict[str, Any]]
     report: Callable[[Study, Path, Sequence[Contender], int], Path]
+    keeps: str
     prepare: Callable[[Recipe, Source, Processes, Console], object] | None = None
     with_costs: bool = False
     needs_classes: bool = False
@@ -95,7 +97,7 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
         for seed in range(options.seeds)
         for contender in contenders
     ]
-    missing = [run for run in runs if not (run[2] / RESULT).is_file()]
+    missing = [run for run in runs if not all((run[2] / file).is_file() for file in (RESULT, comparison.keeps))]
     if missing and comparison.prepare:
         _prepare(comparison.prepare, base, held_out, console)
 

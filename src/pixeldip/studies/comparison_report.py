@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..evaluation.registry import METRICS
 from ..images import display_scale, enlarged
 from ..report import ACCENT, data_uri, light_frame, machine, to_svg, write_pages
 from ..terminal import clock
-from .folder import COSTS, RESULT, SAMPLES, SETTINGS, read_json
+from .folder import COSTS, RESULT, SAMPLES, SETTINGS, read_json, read_picture
 from .study import Contender, Study
 
 LOSS = "validation_loss"
@@ -78,7 +77,7 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
         (folder / name).write_text(svg, encoding="utf-8")
     samples = []
     for row in rows:
-        picture = Image.open(row.samples)
+        picture = read_picture(row.samples)
         picture = enlarged(picture, display_scale(picture.width // 9, 64))
         name = f"samples-{row.contender.name}.png"
         picture.save(folder / name, optimize=True)

@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 
+from ..data import BrokenImage, decode
 from ..errors import UserError
 from ..files import check_writable, write_text
 from ..processes import Processes, start_processes
@@ -68,6 +70,14 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, and the same command makes it again") from error
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not made_by().keys() <= values.keys():
         raise UserError(f"{path}: not a study's file; delete it, and the same command makes it again")
     return values
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Raises UserError if it is damaged."""
+    try:
+        return decode(path.read_bytes())
+    except BrokenImage as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and the same command makes it again") from error

@@ -27,7 +27,7 @@ from ..training import train
 from ..training.preparation import check_recipe
 from ..training.preview import read_previews
 from .comparisons import dit, unet
-from .folder import RESULT, alone_in, claim, read_json, write_result
+from .folder import RESULT, alone_in, claim, read_json, read_picture, write_result
 from .study import Contender, Scale, Study, changed, contender_recipe
 
 PHOTO = "red-panda.jpg"
@@ -144,7 +144,7 @@ def _mean_psnr(images: Sequence[np.ndarray], target: np.ndarray) -> float:
 def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
     named = OVERFIT.contenders(scale)
     results = {c.label: read_json(out / "runs" / c.name / RESULT) for c in named}
-    pictures = {c.label: Image.open(out / "runs" / c.name / RECONSTRUCTION) for c in named}
+    pictures = {c.label: read_picture(out / "runs" / c.name / RECONSTRUCTION) for c in named}
     first = next(iter(results.values()))
     recipe = first["recipe"]
     side = pictures[named[0].label].size

@@ -21,7 +21,7 @@ from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline
 from ..terminal import PlainConsole
 from .folder import claim, write_result
-from .sweep_report import SHOWN, result_file, write_sweep_report
+from .sweep_report import SHOWN, is_there, result_file, write_sweep_report
 from .sweep_settings import Setting, combinations
 
 ASKED = (
@@ -83,7 +83,7 @@ def sweep_command(arguments: Any) -> int:
         asked = ((name, getattr(arguments, name)) for name in ASKED)
         facts = {name: str(value) if isinstance(value, Path) else value for name, value in asked}
         facts["weights"] = weights_sha256(pipeline.model)
-        missing = [s for s in settings if not processes.on_main(lambda s=s: result_file(arguments.out, s).is_file())]
+        missing = [s for s in settings if not processes.on_main(lambda s=s: is_there(arguments.out, s))]
         evaluator = Evaluator(options, *size, processes, console, real) if missing else None
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))
         for number, setting in enumerate(missing, start=1):

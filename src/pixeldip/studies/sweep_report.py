@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from ..evaluation.registry import METRICS, label
 from ..images import display_scale, enlarged
 from ..report import data_uri, light_frame, machine, to_svg, write_pages
 from .comparison_report import mean_and_spread
-from .folder import SETTINGS, read_json
+from .folder import SETTINGS, read_json, read_picture
 from .sweep_settings import Setting
 
 SHOWN = 12
@@ -29,6 +28,12 @@ AXES = {"evaluations": "evaluations", "guidance": "guidance scale", "time_shift"
 def result_file(out: Path, setting: Setting) -> Path:
     """Where the numbers of a setting lie; its samples lie beside them, `.png`."""
     return out / "settings" / f"{setting.name}.json"
+
+
+def is_there(out: Path, setting: Setting) -> bool:
+    """Whether a setting has its numbers and its samples."""
+    path = result_file(out, setting)
+    return path.is_file() and path.with_suffix(".png").is_file()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +70,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
     (figures / "curves.svg").write_text(curves, encoding="utf-8")
     shown = []
     for row in rows:
-        picture = Image.open(row.samples)
+        picture = read_picture(row.samples)
         picture = enlarged(picture, display_scale(picture.height, 64))
         picture.save(figures / f"{row.setting.name}.png", optimize=True)
         shown.append((row.setting.in_words, f"figures/{row.setting.name}.png", data_uri(picture)))
