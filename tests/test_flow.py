@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from pixeldip import UserError
+from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import (
     OBJECTIVES,
     SOLVERS,
@@ -21,10 +21,14 @@ from pixeldip.flow import (
     seeded_normal,
     shift_times,
     start_state,
+    steps_within,
     time_grid,
     velocity,
 )
 from pixeldip.flow.objectives import VP_NOISIEST
+from pixeldip.flow.solvers import reached
+
+from .conftest import TINY_MODEL, opened_up
 
 MEAN, STD = 0.7, 0.4
 
@@ -47,13 +51,33 @@ def test_convergence_order(solver: str, order: int, shift: float) -> None:
     assert abs(measured - order) < 0.15
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_evaluations_are_counted_right(solver: str) -> None:
+@pytest.mark.parametrize(("solver", "count"), [(name, 13 if name == "heun" else 7) for name in SOLVERS])
+def test_evaluations_are_counted_right(solver: str, count: int) -> None:
     calls = []
+    assert is_stochastic(solver) == (solver == "ancestral")
     extra = {"noise": lambda i: torch.zeros(1)} if is_stochastic(solver) else {}
     SOLVERS[solver](lambda x, t, s: calls.append((t, s)) or 0 * x, torch.zeros(1), time_grid(7), **extra)
-    assert len(calls) == evaluations(solver, 7)
+    assert len(calls) == evaluations(solver, 7) == count
     assert all(start <= t < 1 for t, start in calls)
+    assert [steps_within(solver, budget) for budget in (1, count - 1, count)] == [1, 6, 7]
+
+
+def test_an_added_solver_needs_no_more_than_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/extend.md says: evaluations and fresh noise are its own."""
+
+    def noisy_midpoint(velocity, x, times, on_step=None, *, noise):
+        for i, (t0, t1) in enumerate(zip(times, times[1:])):
+            half = (t1 - t0) / 2
+            v = velocity(x + half * velocity(x, t0, t0), t0 + half, t0)
+            x = reached(on_step, i, t1, x + 2 * half * v + 0 * noise(i))
+        return x
+
+    monkeypatch.setitem(SOLVERS, "noisy-midpoint", noisy_midpoint)
+    assert is_stochastic("noisy-midpoint") and evaluations("noisy-midpoint", 5) == 10
+    assert [steps_within("noisy-midpoint", budget) for budget in (1, 2, 9, 10)] == [1, 1, 4, 5]
+    pipeline = DiPPipeline(opened_up(DiP(**TINY_MODEL, num_classes=2)), height=16, width=16)
+    images = pipeline([0], seeds=[1], num_inference_steps=2, solver="noisy-midpoint", output_type="pt").images
+    assert images.shape == (1, 3, 16, 16)
 
 
 def test_the_path_ends_in_noise_and_data() -> None:

@@ -6,6 +6,8 @@ step_start, the start of the step being taken, for whoever must act the same ove
 the time and state it reached; a tensor it returns takes the state's place.
 """
 
+import bisect
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -117,15 +119,26 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
 
 
 def is_stochastic(solver: str) -> bool:
-    """Whether a solver asks for fresh noise."""
-    return solver == "ancestral"
+    """Whether a solver asks for fresh noise: it has an argument `noise`."""
+    return "noise" in inspect.signature(SOLVERS[solver]).parameters
 
 
 def evaluations(solver: str, steps: int) -> int:
-    """Velocity evaluations of a whole solution (the paper's NFE counts guided ones as two each)."""
-    return 2 * steps - 1 if solver == "heun" else steps
+    """Velocity evaluations of a whole solution (the paper's NFE counts guided ones as two each), counted by solving
+    for a single number."""
+    count = 0
+
+    def velocity(x: Tensor, t: float, step_start: float) -> Tensor:
+        nonlocal count
+        count += 1
+        return torch.zeros_like(x)
+
+    fresh = {"noise": lambda step: torch.zeros(1)} if is_stochastic(solver) else {}
+    SOLVERS[solver](velocity, torch.zeros(1), time_grid(steps), **fresh)
+    return count
 
 
 def steps_within(solver: str, budget: int) -> int:
     """The most steps that take no more velocity evaluations than the budget, at least 1."""
-    return (budget + 1) // 2 if solver == "heun" else budget
+    steps = range(1, budget + 1)
+    return max(1, bisect.bisect_right(steps, budget, key=lambda n: evaluations(solver, n)))
