@@ -77,15 +77,25 @@ def test_the_reference_is_cached_by_content_and_weights(
 
 
 def test_cache_entries_differ_by_all_that_changes_them() -> None:
-    def entry(sha256="a", height=32, width=32, kept=10, name="e", version=1, weights="w") -> Path:
-        images = types.SimpleNamespace(height=height, width=width)
+    def entry(sha256="a", height=32, width=32, kept=10, name="e", version=1, weights="w", **accepted: bool) -> Path:
+        images = types.SimpleNamespace(height=height, width=width, **accepted)
         return cache_entry(
             sha256, images, types.SimpleNamespace(name=name, version=version, weights={"sha256": weights}), kept
         )
 
     changes = ({"sha256": "b"}, {"height": 64}, {"width": 64}, {"kept": 9}, {"name": "f"}, {"version": 2})
+    changes += ({"allow_enlarging": True}, {"skip_broken": True})
     entries = {entry(), entry(), *(entry(**change) for change in changes), entry(weights="v")}
-    assert len(entries) == 8
+    assert len(entries) == 10
+
+
+def test_the_cache_does_not_switch_the_check_of_sizes_off(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    samples = save_npz(tmp_path / "samples.npz", smooth_images(6, 1))
+    small = save_folder(tmp_path / "small", smooth_images(6, 2, size=16))
+    arguments = [samples, "--reference", small, "--metrics", "kid_efficientnet"]
+    run(tmp_path, *arguments, "--allow-resolution-mismatch")
+    assert main(["evaluate", *arguments]) == 2
+    assert "is 16x16, smaller than the 32x32 asked for" in capsys.readouterr().err
 
 
 def test_statistics_of_other_weights_and_of_few_images(tmp_path: Path, seeded_weights: Path) -> None:

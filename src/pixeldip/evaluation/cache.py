@@ -15,17 +15,19 @@ from .extractors import Extractor
 from .image_sets import ImageSet
 from .stream import Measured
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same files would give another entry."""
 
 
 def cache_entry(sha256: str, images: ImageSet, extractor: Extractor, kept: int) -> Path:
-    """The file for these images (their hash, size, and how many are kept singly) and this network."""
+    """The file for these images (their hash, size, what is accepted, how many are kept singly) and this network."""
     key = {
         "format": FORMAT,
         "images": sha256,
         "size": [images.height, images.width],
         "kept": kept,
+        # a set that is read strictly must not be found where pictures it would refuse were passed over
+        "accepts": [getattr(images, name, False) for name in ("allow_enlarging", "skip_broken")],
         "extractor": [extractor.name, extractor.version, extractor.weights["sha256"]],
     }
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
