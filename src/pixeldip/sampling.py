@@ -92,10 +92,13 @@ def deal_classes(classes: Sequence[int], count: int, order_seed: int | None) -> 
     """The classes of `count` images, as many of each as of any other, or one more.
 
     They come in turn, or, with a seed, in a random order: the Inception Score is a mean over consecutive
-    splits, and means something only if each split holds all classes.
+    splits, and means something only if each split holds all classes. Fewer images than classes are, in turn, of the
+    first classes, and with a seed of classes spread over all.
     """
     dealt = [classes[i % len(classes)] for i in range(count)]
     if order_seed is not None:
+        if count < len(classes):
+            dealt = [classes[(2 * i + 1) * len(classes) // (2 * count)] for i in range(count)]
         order = np.random.default_rng((order_seed, Stream.CLASS_ORDER)).permutation(count)
         dealt = [dealt[i] for i in order]
     return dealt

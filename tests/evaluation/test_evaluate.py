@@ -23,6 +23,7 @@ from pixeldip.evaluation.inception import Inception
 from pixeldip.evaluation.metrics import kernel_distance, precision_recall
 from pixeldip.evaluation.stream import measure
 from pixeldip.processes import Processes
+from pixeldip.sampling import deal_classes
 
 from ..conftest import opened_up, saved_model
 from .conftest import NO_DOWNLOAD, run, save_folder, save_npz, smooth_images, statistics
@@ -179,6 +180,15 @@ def test_a_model_is_sampled_and_measured(model_folder: Path, tmp_path: Path) -> 
     assert by_folder["metrics"] == by_model["metrics"] and sorted(
         by_folder["samples"]["classes"]["counts"].values()
     ) == [6, 7, 7]
+
+
+def test_fewer_samples_than_classes_are_spread_over_them(model_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--metrics", "boundary", "--steps", 1, "--images", 2]
+    record = run(tmp_path, model_folder, *arguments)
+    assert record["samples"]["classes"]["counts"] == {"0": 1, "2": 1}
+    assert "2 samples of 3 classes: 1 of them have none" in record["warnings"]
+    assert sorted(deal_classes(range(1000), 4, order_seed=0)) == [125, 375, 625, 875]
+    assert deal_classes(range(1000), 4, order_seed=None) == [0, 1, 2, 3]
 
 
 def test_a_model_that_puts_out_nan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -110,7 +110,10 @@ def label_warnings(images: ImageSet, metrics: list[str], options: EvaluationOpti
         if options.require_balanced:
             raise UserError(f"{images.name}: {message}")
         found.append(message)
-    if len(classes) <= classes.max():
+    asked = len(set(images.chosen)) if isinstance(images, SampledImages) else 0
+    if count < asked:
+        found.append(f"{count} samples of {asked} classes: {asked - count} of them have none")
+    elif len(classes) <= classes.max():
         found.append(f"samples of {len(classes)} classes, though their ids go up to {classes.max()}")
     sorted_by_class = len(classes) > 1 and (np.diff(labels) >= 0).all()
     if sorted_by_class and "is" in metrics and options.is_order == "file" and count > options.is_split:
