@@ -123,10 +123,14 @@ def test_no_download_metrics_order_what_is_worse(tmp_path: Path) -> None:
     assert results["seamed"]["floors"]["boundary"]["real"] == pytest.approx(1, abs=0.05)
 
 
-def test_metrics_that_need_no_reference(tmp_path: Path, seeded_weights: Path) -> None:
+def test_metrics_that_need_no_reference(tmp_path: Path, seeded_weights: Path, capsys: pytest.CaptureFixture) -> None:
     samples = save_npz(tmp_path / "a.npz", smooth_images(6, 1))
     record = run(tmp_path, samples, "--metrics", "is", "boundary", "--inception-weights", seeded_weights)
     assert set(record["metrics"]) == {"is", "boundary"} and record["reference"] is None and not record["floors"]
+    assert f"boundary: no patch size is recorded with {samples}, taken as 16" in " ".join(record["warnings"])
+    assert "Patch boundary ratio, P = 16" in capsys.readouterr().out
+    known = run(tmp_path, samples, "--metrics", "boundary", "--patch-size", 8)
+    assert not known["warnings"] and "Patch boundary ratio, P = 8" in capsys.readouterr().out
 
 
 def test_nearest_shows_copies(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

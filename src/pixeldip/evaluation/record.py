@@ -64,7 +64,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for name, value in evaluation.metrics.items():
         metric, known = METRICS[name], evaluation.floors.get(name, {})
         parts = [scaled(known, part, metric.scale) for part in ("samples", "real")]
-        table.add_row(label(name, count), f"{metric.scale * value:.4g}", *parts, metric.better)
+        patches = f", P = {evaluation.record['options']['patch_size']}" if name == "boundary" else ""
+        table.add_row(label(name, count) + patches, f"{metric.scale * value:.4g}", *parts, metric.better)
     console.print(table)
     if any("samples" in known for known in evaluation.floors.values()):
         console.print(

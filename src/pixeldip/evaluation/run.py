@@ -222,8 +222,13 @@ class Evaluator:
             raise UserError(f"{images.name}: {len(images)} samples; these metrics need at least {needed} samples")
         warnings += label_warnings(images, self.metrics, self.options)
         recorded = made_with(images).get("patch_size")
-        patch_size = self.options.patch_size or (recorded if isinstance(recorded, int) and recorded > 1 else PATCH_SIZE)
+        known = self.options.patch_size or (recorded if isinstance(recorded, int) and recorded > 1 else None)
+        patch_size = known or PATCH_SIZE
         self._check_borders(patch_size)
+        if "boundary" in self.metrics and not known:
+            warnings.append(
+                f"boundary: no patch size is recorded with {images.name}, taken as {PATCH_SIZE}; else give --patch-size"
+            )
         with contextlib.ExitStack() as stack:
             if writer:
                 self.processes.on_main(lambda: bool(stack.enter_context(writer)))
