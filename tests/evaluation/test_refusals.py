@@ -116,6 +116,9 @@ def test_refused_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for (samples, reference), message in cases.items():
         assert main(["evaluate", samples, "--reference", reference, "--metrics", "boundary"]) == 2
         assert message in capsys.readouterr().err, (samples, reference)
+    for command in ([], ["reference"]):
+        assert main(["evaluate", *command, ""]) == 2
+        assert "evaluate: the name of the images is empty" in capsys.readouterr().err
     assert main(["evaluate", good]) == 2
     assert "--reference is missing" in capsys.readouterr().err
 

@@ -127,6 +127,8 @@ def open_images(
     Raises:
         UserError: if there is no such source, or it holds no images.
     """
+    if not name:
+        raise UserError("the name of the images is empty: give a folder, a file or a hub dataset")
     try:
         source = open_source(DataSection(source=name, split=split, label_column=label_column))
     except UserError as error:
