@@ -201,3 +201,5 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ]:
         assert main(["bench", "latency", *flags]) == 2
         assert message in capsys.readouterr().err
+    assert main(["bench", "throughput", "--batches", "0"]) == 2
+    assert capsys.readouterr().err == "pixeldip bench: --batches: input should be greater than or equal to 1, found 0\n"

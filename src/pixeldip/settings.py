@@ -186,7 +186,10 @@ def check_values(settings: Any, spelling: Callable[[str], str]) -> Any:
     try:
         return TypeAdapter(type(settings)).validate_python(vars(settings))
     except ValidationError as error:
-        raise UserError("; ".join(f"{spelling(str(e['loc'][0]))}: {_found(e)}" for e in error.errors())) from None
+        found: dict[str, str] = {}
+        for e in error.errors():  # one each: a list whose values are refused counts as empty, too
+            found.setdefault(spelling(str(e["loc"][0])), _found(e))
+        raise UserError("; ".join(f"{name}: {why}" for name, why in found.items())) from None
 
 
 def explained(error: ValidationError) -> str:
