@@ -198,6 +198,7 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
             ["--model", str(saved_model(tmp_path / "model", 16)), "--width", "24", "--latent"],
             "squares of multiples of 16",
         ),
+        (["--out", str(tmp_path / "x.png")], "x.png: is for the JSON line, a plot goes beside it"),
     ]:
         assert main(["bench", "latency", *flags]) == 2
         assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from ..errors import UserError
 from ..files import check_writable
 from ..model import DiP, check_size
 from ..processes import Processes, choose_device, choose_precision
@@ -43,6 +44,8 @@ def bench_command(arguments: Any) -> None:
     Raises:
         UserError: if there is no such model, or the size does not fit.
     """
+    if arguments.out and arguments.out.suffix.lower() == ".png":
+        raise UserError(f"--out {arguments.out}: is for the JSON line, a plot goes beside it; name it .json")
     console = PlainConsole()
     device = choose_device(arguments.device)
     torch.manual_seed(0)
