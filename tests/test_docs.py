@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from pixeldip import DiP
-from pixeldip.bench import timing
+from pixeldip.bench import FOREIGN, timing
 from pixeldip.cli import COMMANDS, main
 from pixeldip.model import HEADS, PLACEMENTS
 from pixeldip.recipe import parse_recipe
@@ -74,7 +74,9 @@ def small_flags(arguments: list[str], inception: Path) -> list[str]:
     if command == "sweep":
         return ["--images", "4", "--guidance", "2", "--solver", "ab2", "--evaluations", "2", "--no-cache"]
     if command == "bench":
-        return ["--model", "MODEL", "--rounds", "3", "--batch", "1", "--batches", "1", "--processes", "1"]
+        least = {"rounds": 3, "batch": 1, "batches": 1, "processes": 1}
+        small = [f"--{name}={value}" for name, value in least.items() if name not in FOREIGN[flags[0]]]
+        return ["--model", "MODEL", *small]
     return ["--steps", "2"] if command == "demo" else []
 
 

@@ -361,8 +361,9 @@ class BenchArguments:
     processes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
     """scaling."""
     rounds: Annotated[int, Field(ge=3)] = 11
+    """All but memory."""
     compile: bool = False
-    """With torch.compile of the blocks; latency (also in int8) and training: also."""
+    """throughput: with torch.compile of the blocks; latency (also in int8) and training: also."""
     heads: bool = False
     """latency, training, memory: also each other head, and DiT-only, as in Table 2."""
     latent: bool = False

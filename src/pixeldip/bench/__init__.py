@@ -15,6 +15,7 @@ from ..model import DiP, check_size
 from ..processes import Processes, choose_device, choose_precision
 from ..provenance import environment
 from ..sampling import load_pipeline
+from ..settings import refuse_flags
 from ..terminal import PlainConsole
 from ..training.pretrained import network_config
 from .latency import bench_latency
@@ -25,6 +26,15 @@ from .throughput import bench_throughput
 from .training import bench_training
 
 MOST_COMPILED = 64  # shapes of a function
+
+FOREIGN = {
+    "latency": ("batches", "processes"),
+    "training": ("batches", "processes", "latent"),
+    "throughput": ("batch", "processes", "heads", "latent"),
+    "memory": ("batch", "processes", "rounds", "compile", "latent"),
+    "scaling": ("batches", "compile", "heads", "latent"),
+}
+"""Flags that mean nothing to a benchmark."""
 
 COLUMNS = {
     "parameters": ("M weights", lambda value: f"{value / 1e6:.1f}"),
@@ -42,8 +52,9 @@ def bench_command(arguments: Any) -> None:
     """What `pixeldip bench` does with its `BenchArguments`.
 
     Raises:
-        UserError: if there is no such model, or the size does not fit.
+        UserError: if there is no such model, the size does not fit, or a flag means nothing to the benchmark.
     """
+    refuse_flags(arguments, FOREIGN[arguments.what], f"means nothing to bench {arguments.what}; leave it out")
     if arguments.out and arguments.out.suffix.lower() == ".png":
         raise UserError(f"--out {arguments.out}: is for the JSON line, a plot goes beside it; name it .json")
     console = PlainConsole()
