@@ -183,7 +183,7 @@ def test_memory_without_room(tmp_path: Path, capsys: pytest.CaptureFixture, monk
 
 
 def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    record = run("scaling", tmp_path, capsys, "--processes", "1", "2")
+    record = run("scaling", tmp_path, capsys, "--processes", "2")  # beside one
     one, two = record["steps"]["1"], record["steps"]["2"]
     assert one["efficiency"] == 1
     assert two["efficiency"] == pytest.approx(two["images_per_second"] / one["images_per_second"] / 2)

@@ -359,7 +359,7 @@ class BenchArguments:
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8)
     """throughput, memory."""
     processes: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2)
-    """scaling."""
+    """scaling: 1 is always measured, since the efficiency is against it."""
     rounds: Annotated[int, Field(ge=3)] = 11
     """All but memory."""
     compile: bool = False

@@ -101,7 +101,7 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The benchmark's result, and those of the arguments that it went by."""
     what, batch, rounds, compiled = arguments.what, arguments.batch, arguments.rounds, arguments.compile
-    batches, processes = sorted(set(arguments.batches)), sorted(set(arguments.processes))
+    batches, processes = sorted(set(arguments.batches)), sorted({1, *arguments.processes})
     precision = choose_precision("auto", device)
     if what == "latency":
         result = bench_latency(model, size, batch, rounds, compiled, device, arguments.heads, arguments.latent)

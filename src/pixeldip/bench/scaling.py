@@ -28,13 +28,13 @@ def bench_scaling(
     device: torch.device,
     precision: torch.dtype,
 ) -> dict[str, Any]:
-    """DistributedDataParallel with `batch` images in each process, for each number of processes.
+    """DistributedDataParallel with `batch` images in each process, for each number of processes, of which one is 1.
 
     On a CPU the processes of every row have the same number of threads: as many as the largest row can give to each.
 
     Returns:
-        "steps": milliseconds, images/s and efficiency, the rate over that of as many of the first row's processes, by
-        number of processes; "series": [processes, images/s] pairs.
+        "steps": milliseconds, images/s and efficiency, the rate over that of as many times one process, by number of
+        processes; "series": [processes, images/s] pairs.
 
     Raises:
         UserError: if there are not as many GPUs, or a process fails.
@@ -65,9 +65,8 @@ def bench_scaling(
             "spread": 1e3 * times.spread,
             "images_per_second": count * batch / times.median,
         }
-    first = min(processes)
     for name, row in rows.items():
-        row["efficiency"] = row["images_per_second"] * first / rows[str(first)]["images_per_second"] / int(name)
+        row["efficiency"] = row["images_per_second"] / rows["1"]["images_per_second"] / int(name)
     series = {"training": [[count, rows[str(count)]["images_per_second"]] for count in processes]}
     return {"steps": rows, "threads": threads, "series": series}
 
