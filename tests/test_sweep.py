@@ -122,6 +122,10 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
         for words in ("guidance 1", "guidance 3", "guidance 8", "real images", "Lowest EfficientNet KD"):
             assert words in text
     assert text.count("data:image/png;base64,") == 3 and text.count("<svg") == 1
+    make_picture(99, 32, 32).save(real / "ant" / "0.png")  # another image of the same name
+    assert sweep(*arguments, "--guidance", 1, 3, 8) == 0  # nothing is measured
+    assert sweep(*arguments, "--guidance", 5) == 2
+    assert "holds a study with another sweep.reference_sha256 (" in capsys.readouterr().err
     assert sweep(model, "--reference", real, "--images", 11, "--out", out) == 2
     assert "holds a study with another sweep.images (12, now 11)" in capsys.readouterr().err
 

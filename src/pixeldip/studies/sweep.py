@@ -85,6 +85,9 @@ def sweep_command(arguments: Any) -> int:
         facts["weights"] = weights_sha256(pipeline.model)
         missing = [s for s in settings if not processes.on_main(lambda s=s: is_there(arguments.out, s))]
         evaluator = Evaluator(options, *size, processes, console, real) if missing else None
+        if evaluator:  # what is measured now stands beside what was: the same images must be behind both
+            images = {"reference": evaluator.reference, "train_images": evaluator.training}
+            facts |= {f"{name}_sha256": opened.sha256 for name, opened in images.items() if opened}
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))
         for number, setting in enumerate(missing, start=1):
             console.rule(f"{number} of {len(missing)}: {setting.in_words}", align="left")
