@@ -5,6 +5,9 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # serve
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; OpenMP's threads would wait for each other, spinning
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +126,17 @@ def assert_same_state(a: Path, b: Path) -> None:
 def newest_step(run: Path) -> int:
     checkpoint = newest_checkpoint(run)
     return step_of(checkpoint) if checkpoint else 0
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As on a full disk: no file can grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def opened_up(model: DiP, seed: int = 0) -> DiP:

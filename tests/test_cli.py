@@ -3,7 +3,6 @@
 import json
 import platform
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from pixeldip.images import from_uint8, grid, to_uint8
 from pixeldip.sampling import parse_seeds
 from pixeldip.training import train
 
-from .conftest import tiny_recipe
+from .conftest import largest_file, tiny_recipe
 
 
 def test_help_needs_no_torch() -> None:
@@ -110,12 +109,8 @@ def test_mistakes_are_one_message_and_status_2(
 
 @pytest.mark.parametrize("out", ["samples", "samples.npz"])
 def test_sampling_onto_a_full_disk(out: str, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
-    try:
+    with largest_file(300):
         status = main(["sample", str(model_folder), "--seeds", "0-3", "--steps", "1", "--out", str(tmp_path / out)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2 and "cannot be written (File too large)" in capsys.readouterr().err
 
 

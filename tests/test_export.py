@@ -12,7 +12,7 @@ from pixeldip.cli import main
 from pixeldip.export import difference, export_model
 from pixeldip.model import HEADS
 
-from .conftest import QUIET, TINY_MODEL, opened_up, saved_model
+from .conftest import QUIET, TINY_MODEL, largest_file, opened_up, saved_model
 
 
 def pipeline_of(**changes) -> DiPPipeline:
@@ -54,12 +54,23 @@ def test_a_program_of_another_model_is_told_apart() -> None:
     assert math.isnan(difference(lambda x, t, y: x * math.nan, b, 16, 16))
 
 
-def test_a_program_that_differs_is_not_to_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("pixeldip.export.TOLERANCE", 0.0)  # which rounding alone is above
-    with pytest.raises(UserError, match="do not use it"):
-        export_model(pipeline_of(), tmp_path / "out", "onnx", 16, 16, QUIET)
-    assert not (tmp_path / "out" / "export.json").exists()
+    (tmp_path / "model.onnx").write_text("an earlier one")
+    with pytest.raises(UserError, match=r"differs from the model by .*; it was not written"):
+        export_model(pipeline_of(), tmp_path, "onnx", 16, 16, QUIET)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier one"]
+
+
+@pytest.mark.parametrize(("format", "name"), [("onnx", "model.onnx"), ("torch", "model.pt2")])
+def test_a_full_disk_keeps_the_earlier_export(format: str, name: str, tmp_path: Path) -> None:
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+    (tmp_path / name).write_text("an earlier one")
+    with largest_file(30_000), pytest.raises(UserError, match=r"cannot be written \(File too large\)"):
+        export_model(pipeline_of(), tmp_path, format, 16, 16, QUIET)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an earlier one"]
 
 
 def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,4 +79,7 @@ def test_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         export_model(pipeline_of(), tmp_path / "file", "torch", 16, 16, QUIET)
+    (tmp_path / "model.pt2").mkdir()
+    with pytest.raises(UserError, match=r"model.pt2: cannot be written \(a folder has that name\)"):
+        export_model(pipeline_of(), tmp_path, "torch", 16, 16, QUIET)
     assert main(["export", "nowhere"]) == 2

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from pixeldip.training.preparation import build_model
 from pixeldip.training.progress import SLOW_IMAGES
 from pixeldip.training.run_lock import only_run
 
-from .conftest import PATIENCE, QUIET, assert_same_state, make_picture, saved_state, tiny_recipe
+from .conftest import PATIENCE, QUIET, assert_same_state, largest_file, make_picture, saved_state, tiny_recipe
 
 CPU = Processes(0, 1, torch.device("cpu"))
 
@@ -245,16 +244,11 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(trai
     straight = copied(trained, tmp_path / "straight", 12)
     train(straight, QUIET)
     trained.training.steps = 12
-    run, limits = Path(trained.out), resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = Path(trained.out)
     largest = max(path.stat().st_size for path in run.rglob("*.safetensors"))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest // 2, limits[1]))
-    try:
-        with pytest.raises(
-            UserError, match=r"step-00000009: could not be written \(.*\); earlier checkpoints are intact"
-        ):
-            train(trained, QUIET)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = r"step-00000009: could not be written \(.*\); earlier checkpoints are intact"
+    with largest_file(largest // 2), pytest.raises(UserError, match=message):
+        train(trained, QUIET)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     train(trained, QUIET)
     assert_same_state(tmp_path / "straight", run)

@@ -2,7 +2,9 @@
 
 import contextlib
 import importlib.util
+import io
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,13 +50,15 @@ def export_model(
 
     x is float32 (B, C, H, W), t float32 (B,), y int64 (B,), where `null_class` of export.json means no class. "torch"
     writes `model.pt2` for `torch.export.load` and, where a C++ compiler is found, `model.aoti.pt2` for
-    `torch._inductor.aoti_load_package`; "onnx" writes `model.onnx`.
+    `torch._inductor.aoti_load_package`; "onnx" writes `model.onnx`. What is there already is replaced once all is
+    written and checked.
 
     Returns:
         The largest difference from the model by file, relative to the largest value.
 
     Raises:
-        UserError: if a package is missing, the size does not fit, or a program does not do what the model does.
+        UserError: if a package is missing, the size does not fit, a program does not do what the model does, or
+            nothing can be written there; the folder is then as it was.
     """
     model = pipeline.model.eval()
     check_size(height, width, model.config.patch_size)
@@ -62,43 +66,62 @@ def export_model(
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"export to ONNX needs {package}: pip install 'pixeldip[export]'")
-    check_writable(out / RECORD)
+    for name in (RECORD, ONNX) if format == "onnx" else (RECORD, PROGRAM, PACKAGE):
+        check_writable(out / name)
     with console.status("tracing"), _quiet():
         program = torch.export.export(model, _inputs(model, height, width, 2), dynamic_shapes=_dynamic_batch())
-    written: dict[str, VelocityNetwork] = {}
-    if format == "torch":
-        torch.export.save(program, out / PROGRAM)
-        written[PROGRAM] = torch.export.load(out / PROGRAM).module()
-        if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-            with console.status("compiling"), _quiet():
-                torch._inductor.aoti_compile_and_package(program, package_path=str(out / PACKAGE))
-            written[PACKAGE] = torch._inductor.aoti_load_package(str(out / PACKAGE))
-        else:
-            console.print("no C++ compiler found: no AOTInductor package was made", soft_wrap=True)
-    else:
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as partial:
+            written = _write_programs(program, Path(partial), format, console)
+            with console.status("checking"):
+                errors = {name: difference(velocity, model, height, width) for name, velocity in written.items()}
+            for name, error in errors.items():
+                if not error <= TOLERANCE:  # nor is NaN
+                    raise UserError(
+                        f"{out / name}: differs from the model by {error:.2g} of its largest value; it was not written"
+                    )
+            record = {
+                **made_by(),
+                "height": height,
+                "width": width,
+                "channels": model.config.in_channels,
+                "null_class": model.config.num_classes,
+                "class_names": pipeline.config.class_names,
+                "times": time_grid(STEPS, 1.0, model.objective),
+                "differences": errors,
+            }
+            write_json(Path(partial) / RECORD, record)
+            for path in Path(partial).iterdir():
+                path.replace(out / path.name)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    return errors
+
+
+def _write_programs(
+    program: torch.export.ExportedProgram, folder: Path, format: str, console: Console
+) -> dict[str, VelocityNetwork]:
+    """The programs of a format, read back from the files written, by name."""
+    if format == "onnx":
         with console.status("translating"), _quiet():
             translated = torch.onnx.export(
                 program, dynamo=True, input_names=["x", "t", "y"], output_names=["velocity"], verbose=False
             )
-            translated.save(str(out / ONNX))
-        written[ONNX] = _onnx_velocity(out / ONNX)
-    with console.status("checking"):
-        errors = {name: difference(velocity, model, height, width) for name, velocity in written.items()}
-    for name, error in errors.items():
-        if not error <= TOLERANCE:  # nor is NaN
-            raise UserError(f"{out / name}: differs from the model by {error:.2g} of its largest value; do not use it")
-    record = {
-        **made_by(),
-        "height": height,
-        "width": width,
-        "channels": model.config.in_channels,
-        "null_class": model.config.num_classes,
-        "class_names": pipeline.config.class_names,
-        "times": time_grid(STEPS, 1.0, model.objective),
-        "differences": errors,
-    }
-    write_json(out / RECORD, record)
-    return errors
+            translated.save(str(folder / ONNX))
+        return {ONNX: _onnx_velocity(folder / ONNX)}
+    saved = io.BytesIO()  # torch's own writer of files aborts the process where the disk is full
+    torch.export.save(program, saved)
+    (folder / PROGRAM).write_bytes(saved.getbuffer())
+    written: dict[str, VelocityNetwork] = {PROGRAM: torch.export.load(folder / PROGRAM).module()}
+    if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+        compiled = io.BytesIO()
+        with console.status("compiling"), _quiet():
+            torch._inductor.aoti_compile_and_package(program, package_path=compiled)
+        (folder / PACKAGE).write_bytes(compiled.getbuffer())
+        written[PACKAGE] = torch._inductor.aoti_load_package(str(folder / PACKAGE))
+    else:
+        console.print("no C++ compiler found: no AOTInductor package was made", soft_wrap=True)
+    return written
 
 
 @torch.no_grad()
