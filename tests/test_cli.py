@@ -16,7 +16,7 @@ from rich.console import Console
 from pixeldip import UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import from_uint8, grid, to_uint8
-from pixeldip.sampling import parse_seeds
+from pixeldip.sampling import SampledImages, parse_seeds
 from pixeldip.training import train
 
 from .conftest import largest_file, tiny_recipe
@@ -112,6 +112,41 @@ def test_sampling_onto_a_full_disk(out: str, model_folder: Path, tmp_path: Path,
     with largest_file(300):
         status = main(["sample", str(model_folder), "--seeds", "0-3", "--steps", "1", "--out", str(tmp_path / out)])
     assert status == 2 and "cannot be written (File too large)" in capsys.readouterr().err
+
+
+def test_a_folder_tells_of_the_images_in_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["sample", str(model_folder), "--seeds", "0-3", "--steps", "1", "--batch-size", "1"]
+    command += ["--out", str(tmp_path)]
+    read = SampledImages.read
+
+    def stopped(images: SampledImages, start: int, *rest: object) -> np.ndarray:
+        if start == 2:
+            raise KeyboardInterrupt
+        return read(images, start, *rest)
+
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampledImages, "read", stopped)
+        assert main(command) == 130
+    listed = [json.loads(line)["file_name"] for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert listed == ["000000.png", "000001.png"]
+    assert contents().keys() == {*listed, "metadata.jsonl", "settings.json"}
+    assert json.loads((tmp_path / "settings.json").read_text())["seeds"] == "0-3"
+    assert main([*command, "--batch-size", "4"]) == 0
+    whole = contents()
+    assert whole.keys() == {"grid.png", "metadata.jsonl", "settings.json", *(f"00000{i}.png" for i in range(4))}
+    assert whole["metadata.jsonl"].count(b"\n") == 4
+    with largest_file(300):
+        assert main([*command, "--batch-size", "4"]) == 2
+    assert main([*command, "--guidance", "2"]) == 2
+    assert "holds images of guidance_scale 4.0, not 2.0; name another folder, or delete" in capsys.readouterr().err
+    assert contents() == whole
+    (tmp_path / "settings.json").unlink()
+    assert main(command) == 2 and "holds images and no settings.json" in capsys.readouterr().err
 
 
 def test_a_mistyped_flag_is_named(capsys: pytest.CaptureFixture) -> None:

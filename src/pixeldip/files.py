@@ -1,8 +1,10 @@
 """Files that are complete or not there."""
 
+import contextlib
 import errno
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,27 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes or replaces a file in one step: who reads it, or is killed here, finds the old one or the new one.
-
-    Raises:
-        OSError: if it cannot be written; nothing is left behind.
-    """
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields the name to write a file under, which takes the place of `path` in one step at the end of the block: who
+    reads it, or is killed here, finds the old one or the new one. After an error nothing is left of the new one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes or replaces a file as `replacing` does.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def file_sha256(path: Path) -> str:

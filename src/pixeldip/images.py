@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import UserError
+from .files import replacing
 
 NOTE = "pixeldip"  # the key of the PNG text chunk that says how a picture was made
 
@@ -62,7 +63,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def save_png(picture: Image.Image, path: Path, made_with: dict[str, Any]) -> None:
-    """Writes a picture that says how it was made.
+    """Writes or replaces a picture in one step. It says how it was made.
 
     Raises:
         UserError: if it cannot be written.
@@ -70,7 +71,8 @@ def save_png(picture: Image.Image, path: Path, made_with: dict[str, Any]) -> Non
     note = PngInfo()
     note.add_text(NOTE, json.dumps(made_with))
     try:
-        picture.save(path, pnginfo=note)
+        with replacing(path) as partial:
+            picture.save(partial, "PNG", pnginfo=note)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import json
+import re
+import reprlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from .data import NpzWriter
 from .errors import UserError
-from .files import write_json
+from .files import replacing, write_json, write_text
 from .flow import Stream
 from .images import display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
@@ -292,20 +294,25 @@ class NpzImageWriter(NpzWriter):
 class ImageFolderWriter:
     """Sampled images as PNG files that say how they were made; use as a context manager, add images in order.
 
-    The folder also gets `metadata.jsonl` (file, class and seed of each image, as Hugging Face's imagefolder reads
-    them), `grid.png` of the first images and `settings.json`.
+    The folder also gets `settings.json`, `metadata.jsonl` (file, class and seed of each image that is there, as
+    Hugging Face's imagefolder reads them) and, once all are there, `grid.png` of the first images. It takes images of
+    the same settings only, so that these tell of all of them, whatever ended the block.
+
+    Raises:
+        UserError: if nothing can be written there, or it holds images made otherwise.
     """
 
     def __init__(self, images: SampledImages, out: Path):
         self.images, self.out = images, out
-        self._made_with = images.made_with()
+        self._made_with = json.loads(json.dumps(images.made_with()))  # as it is read again
         self._count = 0
         self._first: list[Image.Image] = []
 
     def __enter__(self) -> "ImageFolderWriter":
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._metadata = (self.out / "metadata.jsonl").open("w", encoding="utf-8")
+            self._refuse_images_made_otherwise()
+            write_json(self.out / SETTINGS, self._made_with)
         except OSError as error:
             raise UserError(f"out {self.out}: cannot be written ({error.strerror})") from error
         return self
@@ -315,38 +322,61 @@ class ImageFolderWriter:
         for pixels in images:
             i = self._count
             picture = Image.fromarray(pixels)
-            name = f"{i:06d}.png"
-            save_png(picture, self.out / name, self.images.one_made_with(i))
-            label = self.images.class_of(i)
-            row = {"file_name": name, "seed": int(self.images.seeds[i])}
-            row |= {} if label is None else {"label": str(label)}
-            try:
-                self._metadata.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise UserError(f"out {self.out}: cannot be written ({error.strerror or error})") from error
+            save_png(picture, self.out / _image_name(i), self.images.one_made_with(i))
             if i < GRID_LIMIT:
                 self._first.append(picture)
             self._count += 1
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._metadata.close()
+            self._list_images()
             if kind is None and self._first:
                 self._summarise()
         except OSError as cause:
             if kind is None:  # else what went wrong first is what counts
                 raise UserError(f"out {self.out}: cannot be written ({cause.strerror or cause})") from cause
 
+    def _refuse_images_made_otherwise(self) -> None:
+        if not any(re.fullmatch(r"\d{6,}\.png", path.name) for path in self.out.iterdir()):
+            return
+        try:
+            found = json.loads((self.out / SETTINGS).read_bytes())
+            differs = {name: found[name] for name in self._made_with if found[name] != self._made_with[name]}
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):
+            why = f"and no {SETTINGS} that tells how they were made"
+        else:
+            differs.pop("command", None)  # batch size and device make no other images
+            if not differs:
+                return
+            name, value = next(iter(differs.items()))
+            why = f"of {name} {reprlib.repr(value)}, not {reprlib.repr(self._made_with[name])}"
+        raise UserError(f"out {self.out}: holds images {why}; name another folder, or delete this one first")
+
+    def _list_images(self) -> None:
+        rows = []
+        for i, seed in enumerate(self.images.seeds):
+            if (self.out / _image_name(i)).is_file():
+                label = self.images.class_of(i)
+                row = {"file_name": _image_name(i), "seed": int(seed)} | (
+                    {} if label is None else {"label": str(label)}
+                )
+                rows.append(json.dumps(row) + "\n")
+        write_text(self.out / "metadata.jsonl", "".join(rows))
+
     def _summarise(self) -> None:
         chosen = self.images.chosen
         in_turn = self.images.order_seed is None and 1 < len(chosen) <= 16
         across = min(len(self._first), len(chosen) if in_turn else 8)
-        grid(self._first, across, scale=display_scale(self.images.width)).save(self.out / "grid.png")
-        write_json(self.out / SETTINGS, self._made_with)
+        with replacing(self.out / "grid.png") as partial:
+            grid(self._first, across, scale=display_scale(self.images.width)).save(partial, "PNG")
 
 
 ImageWriter = NpzImageWriter | ImageFolderWriter
 """Context managers with `add(images)`, for images uint8 (n, H, W, 3) in order."""
+
+
+def _image_name(index: int) -> str:
+    return f"{index:06d}.png"
 
 
 def _ranges(seeds: Sequence[int]) -> str:
