@@ -5,6 +5,7 @@ An `.npz` with `arr_0` (N, H, W, 3) uint8 and, optionally, `arr_1` (N,) class id
 claimed size has been compared with what the file can hold.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -14,7 +15,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -261,6 +262,8 @@ class NpzWriter:
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._comment = json.dumps(made_with or {}).encode()[:65535]
         self._written = 0
+        self._archive: zipfile.ZipFile | None = None
+        self._images: IO[bytes] | None = None
 
     def __enter__(self) -> "NpzWriter":
         check_writable(self.path)
@@ -271,6 +274,7 @@ class NpzWriter:
             header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(self._images, header)
         except OSError as error:
+            self._let_go()
             raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         return self
 
@@ -304,8 +308,14 @@ class NpzWriter:
                 self._archive.close()
                 self._partial.replace(self.path)
         except OSError as cause:
-            kind = OSError
             raise UserError(f"{self.path}: cannot be written ({cause.strerror or cause})") from cause
         finally:
-            if kind is not None:
-                self._partial.unlink(missing_ok=True)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Closes what is open, which after an error Python would try later, and say so; leaves nothing unfinished."""
+        for part in (self._images, self._archive):
+            with contextlib.suppress(OSError):
+                if part is not None:
+                    part.close()
+        self._partial.unlink(missing_ok=True)
