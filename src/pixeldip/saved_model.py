@@ -1,17 +1,20 @@
 """A saved model's folder, looked through before anything in it is loaded: anyone can have made it."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
 from .errors import UserError
 from .model import DiP
 from .run_folder import NETWORK
 from .settings import NonNegative, Positive, Steps, explained
+from .terminal import some
 
 INDEX, CONFIG = "model_index.json", "config.json"
 Side = Annotated[int, Field(ge=1, le=16_384)]
@@ -53,25 +56,45 @@ class _Config(TypedDict, total=False):
 
 
 def check_saved_model(folder: Path) -> None:
-    """Looks at what the folder claims: no code but pixeldip's and diffusers', no more weights than its files hold.
+    """Looks at what the folder claims: no code but pixeldip's and diffusers', and the weights that its files hold.
 
     Raises:
-        UserError: naming the file and the value.
+        UserError: naming the file and the value, or the tensors.
     """
     _read(folder / INDEX, _Index)
     config = _read(folder / NETWORK / CONFIG, _Config)
     try:
         with torch.device("meta"):
-            claimed = DiP.from_config(config).num_parameters()
+            model = DiP.from_config(config)
     except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:  # sizes that do not fit, or are beyond any
         reason, _, _ = str(error).partition("\n")
         raise UserError(f"{folder / NETWORK / CONFIG}: describes no network ({reason})") from error
-    held = sum(file.stat().st_size for file in (folder / NETWORK).glob("*.safetensors"))
+    files = list((folder / NETWORK).glob("*.safetensors"))
+    claimed, held = model.num_parameters(), sum(file.stat().st_size for file in files)
     if claimed > held:
         raise UserError(
             f"{folder / NETWORK}: {CONFIG} tells of {claimed:,} weights, and its .safetensors files have {held:,} "
             "bytes: incomplete, or not of one model"
         )
+    _compare_tensors(model, files, folder / NETWORK)
+
+
+def _compare_tensors(model: DiP, files: Iterable[Path], folder: Path) -> None:
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, list[int]] = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118  no mapping
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+    wrong = {
+        "missing": [name for name in expected if name not in found],
+        "surplus": [name for name in found if name not in expected],
+        "of another shape": [name for name in expected if found.get(name, expected[name]) != expected[name]],
+    }
+    if told := "; ".join(f"{kind}: {some(names, 3)}" for kind, names in wrong.items() if names):
+        raise UserError(f"{folder}: its weights are not those of the network that {CONFIG} describes ({told})")
 
 
 def _read(path: Path, kind: Any) -> dict[str, Any]:

@@ -157,6 +157,20 @@ def test_a_hub_repository_is_looked_through_before_it_is_loaded(
         DiPPipeline.from_pretrained("owner/other", cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"depth": 3}, r"missing: backbone\.blocks\.2\..*, .* and 9 more\)"),
+        ({"depth": 1}, r"\(surplus: backbone\.blocks\.1\."),
+        ({"num_classes": 2}, r"\(of another shape: backbone\.class_embed\.weight\)"),
+    ],
+)
+def test_weights_of_another_network(changed: dict, message: str, copied: Path) -> None:
+    changed_json(copied / "model" / "config.json", **changed)
+    with pytest.raises(UserError, match=message):
+        DiPPipeline.from_pretrained(copied)
+
+
 INDEX_KEYS = st.sampled_from(
     ["_class_name", "model", "scheduler", "height", "width", "class_names", "sampling", "more"]
 )
