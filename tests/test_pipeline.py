@@ -16,9 +16,11 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback
@@ -250,9 +252,17 @@ def test_a_folder_from_before_there_were_schedulers(model_folder: Path, tmp_path
 def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
     with pytest.raises(UserError, match=r"DDIMScheduler does not follow the path .* FlowMatch"):
         DiPPipeline(pipeline.model, DDIMScheduler())
-    pipeline.scheduler = DPMSolverMultistepScheduler()
-    with pytest.raises(UserError, match="use_flow_sigmas=True"):
-        pipeline("ant")
+    for scheduler in (
+        DPMSolverMultistepScheduler(),
+        UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True),
+        DEISMultistepScheduler(**FLOW),
+        SASolverScheduler(**FLOW),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        None,
+    ):
+        pipeline.scheduler = scheduler
+        with pytest.raises(UserError, match="use_flow_sigmas=True"):
+            pipeline("ant")
     assert pipeline("ant", solver="euler", num_inference_steps=1).images
 
 

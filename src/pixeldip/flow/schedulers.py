@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from ..errors import UserError
@@ -17,18 +22,20 @@ from .objectives import VelocityObjective
 from .solvers import OnStep, Velocity, reached, time_grid
 
 SIGMA_ERROR = 1e-5  # how far float32, and UniPC's way round a division by zero, move a sigma
+TAKE_FLOW_SIGMAS = DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler
+TAKE_PRECEDENCE = "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"  # over flow sigmas
 
 
 def check_flow_scheduler(scheduler: Any) -> None:
     """Raises UserError unless the diffusers scheduler follows the straight path from noise to data."""
-    config = scheduler.config
-    flows = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-    name = type(scheduler).__name__
-    if not (flows or name.startswith("FlowMatch")):
+    config, name = getattr(scheduler, "config", {}), type(scheduler).__name__
+    flows = isinstance(scheduler, TAKE_FLOW_SIGMAS) and not any(config.get(sigmas) for sigmas in TAKE_PRECEDENCE)
+    flows = flows and config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    if not (flows or (name.startswith("FlowMatch") and not config.get("invert_sigmas"))):
         raise UserError(
-            f"{name} does not follow the path the model was trained on: take a FlowMatch… scheduler, or "
-            "UniPCMultistepScheduler or DPMSolverMultistepScheduler with use_flow_sigmas=True and "
-            "prediction_type='flow_prediction'"
+            f"{name} does not follow the path the model was trained on: take a FlowMatch… scheduler without "
+            "invert_sigmas, or UniPCMultistepScheduler or DPMSolverMultistepScheduler with use_flow_sigmas=True, "
+            "prediction_type='flow_prediction' and no other sigmas"
         )
 
 
