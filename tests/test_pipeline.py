@@ -302,7 +302,7 @@ def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) ->
         pipe("ant", num_inference_steps=4, output_type="latent", time_shift=shift).images
         for pipe, shift in (
             (pipeline, 1.0),
-            (DiPPipeline(pipeline.model, height=16, width=16, class_names=["ant"]), 2.0),
+            (DiPPipeline(pipeline.model, height=16, width=16, class_names=["ant", "bee", "cow"]), 2.0),
         )
     )
     torch.testing.assert_close(shifted, asked, rtol=1e-4, atol=1e-5)
@@ -319,6 +319,16 @@ def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: P
     pipeline.save_pretrained(tmp_path, variant="fp16")  # in one file, where the parts were
     again = DiPPipeline.from_pretrained(tmp_path, variant="fp16")
     assert all(torch.equal(again.model.state_dict()[name], values) for name, values in ours.items())
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(pipeline: DiPPipeline, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="safe_serialization=False: only safetensors are loaded again"):
+        pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "class_names": ["ant", "bee"]}))
+    with pytest.raises(UserError, match="class_names: 2 names for 3 classes"):
+        DiPPipeline.from_pretrained(tmp_path)
 
 
 def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None:

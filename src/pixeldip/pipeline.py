@@ -79,7 +79,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             previews are sampled with.
 
     Raises:
-        UserError: if the scheduler follows another path, or `sampling` says anything else.
+        UserError: if the scheduler follows another path, the names are not as many as the model's classes, or
+            `sampling` says anything else.
     """
 
     _origin: Path | None = None
@@ -101,6 +102,10 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         super().__init__()
         scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
         check_flow_scheduler(scheduler)
+        if class_names and len(class_names) != model.config.num_classes:
+            raise UserError(
+                f"class_names: {len(class_names)} names for {model.config.num_classes} classes of the model"
+            )
         self.register_modules(model=model, scheduler=scheduler)
         sampling = dict(sampling or {})
         SamplingSettings.from_pipeline_arguments(sampling)

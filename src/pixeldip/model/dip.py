@@ -186,8 +186,10 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Raises:
             UserError: if it is in int8: its weights are those of the file it came from no longer; or if adapters are
-                loaded, with which no model can be made from the file again.
+                loaded, or safe_serialization is False, for no model can be made from such a file again.
         """
+        if not kwargs.get("safe_serialization", True):
+            raise UserError("safe_serialization=False: only safetensors are loaded again; leave it out")
         if self.in_int8:
             raise UserError("a model in int8 is not saved: save it first, and quantize it each time it is loaded")
         if self.has_adapters:
