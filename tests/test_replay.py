@@ -1,6 +1,8 @@
 """A replayed network is its model: modulation ahead of the solution, and on a CUDA device graphs, change no image."""
 
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from pixeldip import DiP, DiPPipeline, UserError, replay
 from pixeldip.flow import SOLVERS, guided_velocity, time_grid
-from pixeldip.replay import ReplayedNetwork
+from pixeldip.replay import ReplayedNetwork, SolutionNetwork
 from pixeldip.sampling import load_pipeline
 
 from .conftest import TINY_MODEL, opened_up
@@ -30,7 +32,7 @@ def solution(network: DiP | ReplayedNetwork, solver: str = "euler", y: Tensor = 
     x = torch.randn(len(y), 3, 16, 24, generator=torch.Generator().manual_seed(0)).to(device)
     times = time_grid(6)
     if isinstance(network, ReplayedNetwork):
-        network.begin(times)
+        network = network.begin(times)
     return SOLVERS[solver](guided_velocity(network, y.to(device), 3, scale, (0.1, 1.0)), x, times)
 
 
@@ -79,10 +81,10 @@ def test_weights_and_labels_may_change() -> None:
 
 def test_without_room_and_at_other_times_each_step_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = ReplayedNetwork(tiny()), torch.randn(2, 3, 16, 16)
-    network.begin([0.25, 0.5])
+    called = network.begin([0.25, 0.5])
     for t in (0.25, 0.6):
         wanted = network.model(x, torch.full((2,), t), Y)
-        torch.testing.assert_close(network(x, t, Y), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+        torch.testing.assert_close(called(x, t, Y), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
     monkeypatch.setattr(replay, "MOST_AHEAD", 0)
     same(network)
     with modulation_calls(network.model) as rows:
@@ -116,20 +118,42 @@ def test_pipelines_compute_modulation_ahead_when_asked() -> None:
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_a_pipeline_keeps_no_modulation(stopped: bool) -> None:
+def test_a_pipeline_keeps_no_modulation(stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = DiPPipeline(tiny(), height=16, width=16)
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_precomputed_modulation()
-    tables = []
+    begun: list[weakref.ref] = []
+    begin = pipe._replayed.begin
+
+    def watched(times: list[float]) -> SolutionNetwork:
+        network = begin(times)
+        begun.append(weakref.ref(network))
+        return network
+
+    monkeypatch.setattr(pipe._replayed, "begin", watched)
 
     def on_step(*_: object) -> None:
-        tables.append(pipe._replayed._ahead)
+        assert begun[0]()._ahead is not None
         if stopped:
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped") if stopped else nullcontext():
         pipe([2, 0], num_inference_steps=6, callback_on_step_end=on_step)
-    assert None not in tables and pipe._replayed._ahead is None
+    assert len(begun) == 1 and begun[0]() is None
+
+
+def test_threads_share_a_pipeline() -> None:
+    pipe = DiPPipeline(tiny(), height=16, width=16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_precomputed_modulation()
+
+    def images(steps: int) -> Tensor:
+        return pipe([2, 0], num_inference_steps=steps, solver="euler", output_type="latent").images
+
+    steps = [5, 6, 7, 8] * 6
+    with ThreadPoolExecutor(4) as threads:
+        for count, together in zip(steps, threads.map(images, steps)):
+            torch.testing.assert_close(together, images(count), rtol=1e-4, atol=1e-5 * together.abs().max().item())
 
 
 def test_commands_compute_modulation_ahead(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from .flow import (
 )
 from .images import to_pil
 from .model import DiP, check_size
-from .replay import ReplayedNetwork
+from .replay import ReplayedNetwork, SolutionNetwork
 from .run_folder import resolve_model
 from .saved_model import check_saved_model
 from .settings import SamplingSettings
@@ -363,7 +363,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                     tensors = {name: x for name in callback_on_step_end_tensor_inputs}
                     x = (callback_on_step_end(self, step, t, tensors) or {}).get(STATE, x)
                 bar.update()
-                last = step == self._num_timesteps - 1
+                last = step == len(times) - 2
                 if trajectory_every and (last or (step + 1) % trajectory_every == 0):
                     trajectory.append((t, x.cpu()))
                 if self.interrupt and not last:
@@ -374,9 +374,6 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 x = solve(velocity, x, times, on_step)
             except _Interrupted as stopped:
                 x = stopped.state
-            finally:
-                if self._replayed is not None:
-                    self._replayed.end()
         self.maybe_free_model_hooks()
         images = _put_out(x, output_type)
         return DiPPipelineOutput(images, trajectory or None) if return_dict else (images, trajectory or None)
@@ -416,15 +413,14 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         """Every evaluation is computed anew again, with its modulation."""
         self._replayed = None
 
-    def _network(self, times: Sequence[float]) -> VelocityNetwork | ReplayedNetwork:
+    def _network(self, times: Sequence[float]) -> VelocityNetwork | SolutionNetwork:
         """What a solver at these times calls."""
         self.model.forget_kernels()
         if self._replayed is None:
             return self.model
         if self._replayed.model is not self.model:
             self._replayed = ReplayedNetwork(self.model, self._replayed.graphs)
-        self._replayed.begin(times)
-        return self._replayed
+        return self._replayed.begin(times)
 
     def _labels(
         self,

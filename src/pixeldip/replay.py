@@ -4,6 +4,7 @@ The modulation layers, a third of the weights that a step of one image reads, de
 at batch 1 a GPU computes a step sooner than Python asks for its kernels; a CUDA graph is asked for once.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,34 +22,43 @@ WARM_UP = 2
 
 
 class ReplayedNetwork:
-    """The velocity network (x, t, y) -> v of a model, for one time t that all images share.
-
-    A solution stands between `begin` and `end`, and is of the weights as they are then.
+    """A model's network for solutions one after another, or in several threads at once.
 
     Args:
         graphs: on a CUDA device, record a graph for each shape of x and y, up to `MOST_RECORDED`.
     """
 
-    takes_one_time = True
-
     def __init__(self, model: DiP, graphs: bool = True):
         self.model, self.graphs = model, graphs
         self._weights: list[tuple[int, int]] = []
-        self._times: list[float] = []
-        self._ahead: _Ahead | None = None
         self._recorder: _Recorder | None = None
 
-    def begin(self, times: Sequence[float]) -> None:
-        """Before a solution that asks for the velocity at these times."""
+    def begin(self, times: Sequence[float]) -> "SolutionNetwork":
+        """What a solution calls that asks for the velocity at these times, of the weights as they are now."""
         weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
         if weights != self._weights:
             self._recorder = None
-        self._weights, self._times = weights, list(dict.fromkeys(times))
-        self._ahead = None
+        self._weights = weights
+        return SolutionNetwork(self, times)
 
-    def end(self) -> None:
-        """Lets go of what only this solution needs."""
-        self._ahead = None
+    def evaluate(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
+        """As `DiP.forward`, at one time t for all images; from a graph where that is worth it."""
+        if not self.graphs or not recordable(x):
+            return self.model(x, x.new_full((len(x),), t), y, modulations=modulations)
+        recorder = self._recorder = self._recorder or _Recorder(self.model, x.device)
+        return recorder(x, t, y, modulations)
+
+
+class SolutionNetwork:
+    """The velocity network (x, t, y) -> v of a model for one solution, for one time t that all images share. It holds
+    what this solution alone needs."""
+
+    takes_one_time = True
+
+    def __init__(self, replayed: ReplayedNetwork, times: Sequence[float]):
+        self.model, self._replayed = replayed.model, replayed
+        self._times = list(dict.fromkeys(times))
+        self._ahead: _Ahead | None = None
 
     def computes_ahead(self, y: Tensor) -> bool:
         """Whether there is room for the modulation of labels y at all times."""
@@ -59,26 +69,20 @@ class ReplayedNetwork:
     @torch.no_grad()
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """x (B, C, H, W) and y (B,) or (G, B), as `DiP.forward` takes them, at time t."""
-        modulations = self._modulations(t, y)
-        if not self.graphs or not recordable(x):
-            return self.model(x, x.new_full((len(x),), t), y, modulations=modulations)
-        if self._recorder is None:
-            self._recorder = _Recorder(self.model, x.device)
-        return self._recorder(x, t, y, modulations)
+        return self._replayed.evaluate(x, t, y, self._modulations(t, y))
 
     def _modulations(self, t: float, y: Tensor) -> Tensor | None:
         """(depth, G B, 6 D) at t; None where there is no room for all times', or t was not told of."""
         if t not in self._times:
             return None
-        ahead = self._ahead
-        if ahead is None or ahead.y is not y:  # guidance begins or ends
+        if self._ahead is None or self._ahead.y is not y:  # guidance begins or ends
             self._ahead = None
             if not self.computes_ahead(y):
                 return None
             times = torch.tensor(self._times, device=y.device)
             table = self.model.modulations(times, y if y.dim() == 2 else y[None])
-            ahead = self._ahead = _Ahead(y, dict(zip(self._times, table)))
-        return ahead.at[t]
+            self._ahead = _Ahead(y, dict(zip(self._times, table)))
+        return self._ahead.at[t]
 
 
 class _Ahead(NamedTuple):
@@ -94,17 +98,19 @@ def recordable(x: Tensor) -> bool:
 
 
 class _Recorder:
-    """The graphs of a model's evaluations on a CUDA device. They work in the same memory, one at a time."""
+    """The graphs of a model's evaluations on a CUDA device. They work in the same memory, one at a time, whatever
+    thread asks."""
 
     def __init__(self, model: DiP, device: torch.device):
         self.model, self.device = model, device
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.recorded: dict[tuple, _Recording] = {}
+        self.lock = threading.Lock()
 
     def __call__(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = x.shape, x.dtype, y.shape, modulations is None, cast, torch.is_inference_mode_enabled()
-        with torch.cuda.device(self.device):
+        with self.lock, torch.cuda.device(self.device):
             if key not in self.recorded:
                 self.recorded[key] = _Recording(self, x, y, modulations, cast)
             return self.recorded[key].replay(x, t, y, modulations)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..flow import guided_velocity
 from ..model import DiP, Int8Linear
 from ..processes import autocast, computes_in_int8
-from ..replay import ReplayedNetwork, recordable
+from ..replay import ReplayedNetwork, SolutionNetwork, recordable
 from .contenders import Contender, Int8Part, compare
 from .heads import other_heads
 from .latent import STEPS as LATENT_STEPS
@@ -70,23 +70,21 @@ def noise_and_labels(model: DiP, size: tuple[int, int], batch: int, device: torc
     return x, torch.zeros(batch, dtype=torch.long, device=device)
 
 
-def replayed(network: DiP) -> ReplayedNetwork:
+def replayed(network: DiP) -> SolutionNetwork:
     """A network as the commands call it, for the `STEPS` of an image.
 
     What is computed ahead is no part of a step, and stays in memory; the limit counts the weights that it spares.
     """
-    called = ReplayedNetwork(network)
-    called.begin([TIME + DT * step for step in range(STEPS)])
-    return called
+    return ReplayedNetwork(network).begin([TIME + DT * step for step in range(STEPS)])
 
 
-def sampling_contender(called: DiP | ReplayedNetwork, x: Tensor, y: Tensor, counted: DiP | None = None) -> Contender:
+def sampling_contender(called: DiP | SolutionNetwork, x: Tensor, y: Tensor, counted: DiP | None = None) -> Contender:
     """A guided Euler step of a network in evaluation mode, one of the `STEPS` of its images.
 
     Args:
         counted: the same network in plain eager code, if this one's FLOPs cannot be counted.
     """
-    network = called.model if isinstance(called, ReplayedNetwork) else called
+    network = called.model if isinstance(called, SolutionNetwork) else called
     velocity = guided_velocity(called, y, network.config.num_classes, GUIDANCE)
 
     @torch.no_grad()
