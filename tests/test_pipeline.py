@@ -55,6 +55,8 @@ def test_classes_by_name_and_by_id(pipeline: DiPPipeline) -> None:
         pipeline(c, num_inference_steps=2, seeds=[5], output_type="pt").images for c in ("bee", [1], torch.tensor([1]))
     )
     assert torch.equal(named, numbered) and torch.equal(named, counted) and named.shape == (1, 3, 16, 16)
+    for single in (1, np.int64(1), torch.tensor(1)):
+        assert torch.equal(named, pipeline(single, num_inference_steps=2, seeds=[5], output_type="pt").images)
     assert pipeline("ant", num_inference_steps=2, height=24, width=8).images[0].size == (8, 24)
 
 
@@ -286,6 +288,19 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
         ({"class_labels": [0], "seeds": 7}, "seeds 7: give a list of whole numbers"),
         ({"class_labels": [0], "seeds": [0.5]}, "give a list of whole numbers"),
         ({"class_labels": [0], "seeds": [-1]}, "seeds: -1 is below 0"),
+        ({"class_labels": [0], "seeds": [2**64]}, "seeds: 18446744073709551616 is above 9223372036854775807"),
+        ({"class_labels": [0], "generator": 7}, "generator 7: give a torch.Generator, or a list"),
+        ({"class_labels": [0], "generator": [None]}, "give a torch.Generator, or a list"),
+        ({"class_labels": [0], "guidance_scale": float("nan")}, "guidance_scale nan: give a finite number"),
+        ({"class_labels": [0], "guidance_scale": float("inf")}, "guidance_scale inf: give a finite number"),
+        ({"class_labels": [0], "guidance_scale": "3"}, "guidance_scale '3': give a finite number"),
+        ({"class_labels": [0], "guidance_interval": 0.5}, "guidance_interval 0.5: give two numbers"),
+        ({"class_labels": [0], "guidance_interval": (0, "1")}, "guidance_interval '1': give a finite number"),
+        ({"class_labels": [0], "guidance_interval": (0.9, 0.1)}, "0 <= lo <= hi <= 1"),
+        ({"class_labels": [0], "time_shift": float("inf")}, "time_shift inf: give a finite number"),
+        ({"class_labels": [0], "height": 0}, "an image of 0x16 pixels"),
+        ({"class_labels": [0], "width": "64"}, "width '64': give a whole number"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": [1]}, "1; there is only latents"),
     ],
 )
 def test_arguments_out_of_range(pipeline: DiPPipeline, arguments: dict, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import math
 import operator
 import os
 import tempfile
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .flow import (
+    LARGEST_SEED,
     SOLVERS,
     SampleNoise,
     VelocityNetwork,
@@ -295,7 +297,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         where it has none, 50, 4, (0.1, 1), 1 and the scheduler.
 
         Args:
-            class_labels: ids or exact names; for a model without classes, leave it out.
+            class_labels: ids or exact names, or one for one image; for a model without classes, leave it out.
             num_inference_steps: steps from noise (t = 0) to data (t = 1), spaced as the model's objective asks.
             guidance_scale: w of u + w (c - u); 1 is no guidance.
             guidance_interval: steps that start at lo < t < hi are guided.
@@ -325,17 +327,20 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         time_shift = own["time_shift"] if time_shift is None else time_shift
         if solver is None and is_default_scheduler(self.scheduler):
             solver = self.config.sampling.get("solver")
-        seeds = _whole_numbers(seeds)
+        guidance_scale, time_shift = _finite("guidance_scale", guidance_scale), _finite("time_shift", time_shift)
+        guidance_interval = _pair("guidance_interval", guidance_interval)
+        seeds, generator = _whole_numbers(seeds), _generators(generator)
         labels = self._labels(class_labels, seeds, generator)
         model, device = self.model, self._execution_device
-        height, width = height or self.config.height, width or self.config.width
+        height = self.config.height if height is None else _whole_number("height", height)
+        width = self.config.width if width is None else _whole_number("width", width)
         check_size(height, width, model.config.patch_size)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise UserError(f"callback_on_step_end_tensor_inputs: {', '.join(sorted(unknown))}; there is only {STATE}")
+        if unknown := [name for name in callback_on_step_end_tensor_inputs or () if name != STATE]:
+            raise UserError(f"callback_on_step_end_tensor_inputs: {unknown[0]}; there is only {STATE}")
         shape = (model.config.in_channels, height, width)
         random = SampleNoise(seeds, generator, len(labels), shape, device)
         null_class = model.config.num_classes
@@ -360,7 +365,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
 
             def on_step(step: int, t: float, x: Tensor) -> Tensor:
                 if callback_on_step_end:
-                    tensors = {name: x for name in callback_on_step_end_tensor_inputs}
+                    tensors = {name: x for name in callback_on_step_end_tensor_inputs or ()}
                     x = (callback_on_step_end(self, step, t, tensors) or {}).get(STATE, x)
                 bar.update()
                 last = step == len(times) - 2
@@ -434,6 +439,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             raise UserError("give seeds or a generator, not both")
         if min(seeds or [0]) < 0:
             raise UserError(f"seeds: {min(seeds)} is below 0")
+        if max(seeds or [0]) > LARGEST_SEED:
+            raise UserError(f"seeds: {max(seeds)} is above {LARGEST_SEED}, the largest")
         given = {"seeds": seeds, "generators": generator if isinstance(generator, list) else None}
         counts = {name: len(values) for name, values in given.items() if values is not None}
         if null_class == 0:
@@ -442,9 +449,11 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             return _at_least_one([0] * next(iter(counts.values()), 1))
         if class_labels is None:
             raise UserError(f"give class_labels: the model has classes 0 to {null_class - 1}")
-        if isinstance(class_labels, int | str):
-            class_labels = [class_labels]
-        labels = _at_least_one([self.class_id(label) for label in class_labels])
+        try:
+            asked = [class_labels] if isinstance(class_labels, str) else list(class_labels)
+        except TypeError:  # a single id, perhaps of numpy or torch
+            asked = [class_labels]
+        labels = _at_least_one([self.class_id(label) for label in asked])
         for name, count in counts.items():
             if count != len(labels):
                 raise UserError(f"{len(labels)} class labels but {count} {name}: give one per image")
@@ -462,6 +471,38 @@ def _whole_numbers(seeds: Sequence[int] | None) -> list[int] | None:
         return None if seeds is None else [operator.index(seed) for seed in seeds]
     except TypeError:
         raise UserError(f"seeds {seeds!r}: give a list of whole numbers, one per image") from None
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} {value!r}: give a whole number") from None
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of tensors
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} {value!r}: give a finite number")
+    return number
+
+
+def _pair(name: str, values: Any) -> tuple[float, float]:
+    try:
+        lo, hi = values
+    except (TypeError, ValueError):
+        raise UserError(f"{name} {values!r}: give two numbers, (lo, hi)") from None
+    return _finite(name, lo), _finite(name, hi)
+
+
+def _generators(generator: Any) -> torch.Generator | list[torch.Generator] | None:
+    each = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
+        raise UserError(f"generator {generator!r}: give a torch.Generator, or a list of them, one per image")
+    return each if isinstance(generator, list | tuple) else generator
 
 
 def _check_peft() -> None:

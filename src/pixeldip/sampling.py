@@ -20,7 +20,7 @@ from torch import Tensor
 from .data import NpzWriter
 from .errors import UserError
 from .files import replacing, write_json, write_text
-from .flow import Stream
+from .flow import LARGEST_SEED, Stream
 from .images import display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes
@@ -30,7 +30,6 @@ from .terminal import PlainConsole, image_progress
 
 GRID_LIMIT = 256
 MOST_SEEDS = 10_000_000
-LARGEST_SEED = 2**63 - 1
 SETTINGS = "settings.json"
 
 

@@ -1,7 +1,7 @@
 """The path, objectives, solvers and guidance: functions of callables, free of the network."""
 
 from .guidance import check_interval, guided_velocity
-from .noise import SampleNoise, Stream, fold_seed, seeded_normal
+from .noise import LARGEST_SEED, SampleNoise, Stream, fold_seed, seeded_normal
 from .objectives import OBJECTIVES, VelocityObjective
 from .path import (
     VelocityNetwork,
@@ -17,6 +17,7 @@ from .schedulers import check_flow_scheduler, follow_scheduler, is_default_sched
 from .solvers import SOLVERS, evaluations, is_stochastic, start_state, steps_within, time_grid
 
 __all__ = [
+    "LARGEST_SEED",
     "OBJECTIVES",
     "SOLVERS",
     "SampleNoise",

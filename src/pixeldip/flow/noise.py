@@ -8,6 +8,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+LARGEST_SEED = 2**63 - 1
+
 
 class Stream(IntEnum):
     """What is drawn at random: each from numbers of its own, keyed (seed, stream, …)."""
