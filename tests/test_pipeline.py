@@ -141,6 +141,20 @@ def test_generators_in_place_of_seeds(pipeline: DiPPipeline, solver: str | None)
     assert not torch.equal(first, seeded)
 
 
+@pytest.mark.parametrize("given", ["seeds", "generator"])
+def test_noise_does_not_depend_on_torchs_default(given: str, pipeline: DiPPipeline) -> None:
+    def image() -> torch.Tensor:
+        noise = {"seeds": [3]} if given == "seeds" else {"generator": torch.Generator().manual_seed(3)}
+        return pipeline("ant", num_inference_steps=3, solver="ancestral", output_type="latent", **noise).images
+
+    plain = image()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(image(), plain, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("solver", [*SOLVERS, None])
 def test_callback_sees_changes_and_stops(pipeline: DiPPipeline, solver: str | None) -> None:
     seen = []

@@ -31,11 +31,12 @@ def fold_seed(*integers: int) -> int:
 
 
 def seeded_normal(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal (len(seeds), *shape), row i from seeds[i] alone.
+    """Standard normal float32 (len(seeds), *shape), row i from seeds[i] alone.
 
-    Drawn on the CPU whatever the device, so that a seed is the same image everywhere.
+    Drawn on the CPU whatever the device, and in float32 whatever torch's default, so that a seed is the same image
+    everywhere.
     """
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s), dtype=torch.float32) for s in seeds]
     return torch.stack(rows).to(device)
 
 
@@ -74,4 +75,4 @@ class SampleNoise:
         )
 
     def _normal(self) -> Tensor:
-        return randn_tensor((self.count, *self.shape), self.generators, self.device)
+        return randn_tensor((self.count, *self.shape), self.generators, self.device, torch.float32)
