@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import tempfile
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         except UserError:
             raise
         except Exception as error:  # diffusers and the hub's client raise many kinds
-            raise UserError(f"{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+            raise UserError(f"{name}: cannot be loaded ({_in_one_line(error)})") from error
         pipeline._origin = folder if folder.is_dir() else None
         return pipeline
 
@@ -458,6 +459,11 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             if count != len(labels):
                 raise UserError(f"{len(labels)} class labels but {count} {name}: give one per image")
         return labels
+
+
+def _in_one_line(error: Exception) -> str:
+    """What a library says, up to a length that holds all but lists of tensors."""
+    return textwrap.shorten(str(error), 1000, placeholder=" …")
 
 
 def _at_least_one(labels: list[int]) -> list[int]:

@@ -70,10 +70,7 @@ def load_pipeline(
         UserError: if there is no model of that name, or it cannot be had from the hub.
     """
     diffusers_logging.disable_progress_bar()  # of loading one component
-    try:
-        pipeline = DiPPipeline.from_pretrained(model).to(device)
-    except OSError as error:  # of the hub's client, whose message says what is not cached
-        raise UserError(f"{model}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    pipeline = DiPPipeline.from_pretrained(model).to(device)
     weights = choose_precision("auto", device) if precision == torch.int8 else precision
     if weights != pipeline.dtype:
         pipeline.model.type(weights)  # which, unlike diffusers' to, says nothing about modules to keep in float32
