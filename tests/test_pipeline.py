@@ -25,6 +25,7 @@ from diffusers import (
 )
 from diffusers.callbacks import PipelineCallback
 from rich.console import Console
+from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 from pixeldip import DiP, DiPPipeline, UserError
@@ -392,6 +393,21 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
         again.load_lora_weights(weights)
     with pytest.raises(UserError, match="LoRA weights nowhere: "):
         again.load_lora_weights("nowhere")
+    for none in ({}, {"a": torch.zeros(3)}):
+        with pytest.raises(UserError, match="LoRA weights: no tensors of LoRA are in it"):
+            again.load_lora_weights(none)
+    (tmp_path / "damaged.safetensors").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"damaged\.safetensors: cannot be loaded \(Error while deserializing"):
+        again.load_lora_weights(tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError, match="LoRA adapter to save: name one of those loaded; none is loaded"):
+        again.save_lora_weights(tmp_path / "copied")
+    again.load_lora_weights(tmp_path)
+    again.save_lora_weights(tmp_path / "copied")  # the only one, whatever its name
+    copied, written = (folder / "pytorch_lora_weights.safetensors" for folder in (tmp_path / "copied", tmp_path))
+    assert load_file(copied).keys() == load_file(written).keys()
+    again.load_lora_weights(tmp_path, adapter_name="second")
+    with pytest.raises(UserError, match="name one of those loaded; there are default_0, second"):
+        again.save_lora_weights(tmp_path / "copied")
 
 
 def test_weights_may_change_without_a_trace(model_folder: Path) -> None:

@@ -202,20 +202,24 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         `unload_lora_weights` work as elsewhere in diffusers.
 
         Raises:
-            UserError: if PEFT is not installed, the weights belong to another model, or this one is in int8.
+            UserError: if PEFT is not installed, there are no LoRA weights, they belong to another model, or this one is
+                in int8.
         """
         _check_peft()
         if self.model.in_int8:
             raise UserError("LoRA weights: layers in int8 take none; load and fuse them before quantize_to_int8()")
         kwargs.setdefault("use_safetensors", True)
+        given, before = pretrained_model_name_or_path_or_dict, self.model.adapters
+        where = "LoRA weights" if isinstance(given, dict) else f"LoRA weights {given}"
         try:
-            self.model.load_lora_adapter(
-                pretrained_model_name_or_path_or_dict, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs
-            )
-        except (ValueError, RuntimeError, OSError) as error:
-            given = pretrained_model_name_or_path_or_dict
-            where = "" if isinstance(given, dict) else f" {given}"
-            raise UserError(f"LoRA weights{where}: {' '.join(str(error).split())}") from error
+            self.model.load_lora_adapter(given, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs)
+            found = kwargs.get("hotswap") or self.model.adapters != before
+        except IndexError:  # of diffusers, where it looks for the first rank
+            found = False
+        except Exception as error:  # diffusers, PEFT, safetensors and the hub's client raise many kinds
+            raise UserError(f"{where}: cannot be loaded ({_in_one_line(error)})") from error
+        if not found:
+            raise UserError(f"{where}: no tensors of LoRA are in it")
 
     def fuse_lora(self, components: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """As elsewhere in diffusers; by default of the model, the only component that adapters go to."""
@@ -225,9 +229,22 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         """As elsewhere in diffusers, likewise."""
         super().unfuse_lora(list(components or self._lora_loadable_modules), **kwargs)
 
-    def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str = "default") -> None:
-        """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder."""
+    def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+        """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder.
+
+        Args:
+            adapter_name: by default that of the only adapter there is.
+
+        Raises:
+            UserError: if PEFT is not installed, there is no such adapter, or which one is not said.
+        """
         _check_peft()
+        adapters = self.model.adapters
+        if adapter_name is None and len(adapters) == 1:
+            (adapter_name,) = adapters
+        if adapter_name not in adapters:
+            there = f"there are {', '.join(adapters)}" if adapters else "none is loaded"
+            raise UserError(f"LoRA adapter {adapter_name or 'to save'}: name one of those loaded; {there}")
         with quieted("diffusers.models.modeling_utils"):  # it warns of a cast that is none
             self.model.save_lora_adapter(save_directory, adapter_name)
 

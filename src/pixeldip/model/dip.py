@@ -157,9 +157,9 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return any(isinstance(module, Int8Linear) for module in self.modules())
 
     @property
-    def has_adapters(self) -> bool:
-        """Whether adapters (LoRA) are loaded, fused ones included."""
-        return bool(getattr(self, "peft_config", None))
+    def adapters(self) -> list[str]:
+        """Names of the adapters (LoRA) that are loaded, fused ones included."""
+        return list(getattr(self, "peft_config", ()))
 
     def quantize_to_int8(self) -> None:
         """From now on, for inference, the linear layers of the backbone's attention and MLPs multiply 8-bit integers,
@@ -172,7 +172,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         Raises:
             UserError: if adapters are loaded, which such layers cannot take.
         """
-        if self.has_adapters:
+        if self.adapters:
             raise UserError("int8: fuse the adapters and unload them first: fuse_lora(), then unload_lora_weights()")
         for block in self.backbone.blocks:
             for part in (block.attention, block.mlp):
@@ -192,7 +192,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise UserError("safe_serialization=False: only safetensors are loaded again; leave it out")
         if self.in_int8:
             raise UserError("a model in int8 is not saved: save it first, and quantize it each time it is loaded")
-        if self.has_adapters:
+        if self.adapters:
             raise UserError(
                 "a model with adapters is not saved: save_lora_weights() saves them alone; or let it be without them, "
                 "unload_lora_weights(), or let them be part of it, fuse_lora() before that"

@@ -115,7 +115,7 @@ class Checkpoints:
                 )
 
     def _write_whole(self, partial: Path, folder: Path, step: int, averaged: DiP) -> None:
-        adapters = averaged.has_adapters
+        adapters = averaged.adapters
         self._write_pipeline(partial, merged(averaged) if adapters else averaged)
         if adapters:
             DiPPipeline(averaged, **self.pipeline).save_lora_weights(partial / LORA)
@@ -202,7 +202,7 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
         UserError: if the files are damaged or belong to another model.
     """
     try:
-        adapters = ema.model.has_adapters
+        adapters = ema.model.adapters
         step = read_state(folder / TRAINING_STATE, network, optimizer, ema.model if adapters else None)
         if not adapters:
             average = load_file(folder / PIPELINE / NETWORK / SAFETENSORS_WEIGHTS_NAME)
