@@ -495,6 +495,15 @@ def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     DiPPipeline.from_pretrained(tmp_path / "licensed").save_pretrained(tmp_path / "again", license="mit")
     again = (tmp_path / "again" / "README.md").read_text()
     assert "license: mit" in again and "## Licence\n\nmit" in again and "cc-by" not in again
+    (tmp_path / "again" / "README.md").write_text(
+        again.replace("## Licence\n\nmit", "## Licence\n\nAs MIT's, but kinder")
+    )
+    kept = DiPPipeline.from_pretrained(tmp_path / "again")
+    with pytest.raises(UserError, match=r"states the licence mit in words of its own, which license='cc0-1\.0' would"):
+        kept.save_pretrained(tmp_path / "contradicted", license="cc0-1.0")
+    with pytest.raises(UserError, match="save_pretrained: there is no keyword 'licence'"):
+        kept.save_pretrained(tmp_path / "contradicted", licence="mit")
+    assert not (tmp_path / "contradicted").exists()
     DiPPipeline(DiP(**TINY_MODEL, num_classes=0), height=16, width=16).save_pretrained(tmp_path / "unknown")
     unknown = (tmp_path / "unknown" / "README.md").read_text()
     assert "An unconditional" in unknown and "is not known" in unknown and "None was stated" in unknown

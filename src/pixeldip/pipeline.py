@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import inspect
 import math
 import operator
 import os
@@ -42,7 +43,7 @@ from .replay import ReplayedNetwork, SolutionNetwork
 from .run_folder import resolve_model
 from .saved_model import check_saved_model
 from .settings import SamplingSettings
-from .sharing import forget_origin, upload, write_model_card
+from .sharing import check_license, forget_origin, upload, write_model_card
 from .terminal import quieted
 
 
@@ -156,8 +157,16 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         Args:
             license: of the weights, as the hub spells it, for instance "cc-by-4.0".
             model_card: False leaves the README.md out.
+
+        Raises:
+            UserError: if a keyword is none of these or diffusers', the model cannot be saved so that it loads again, or
+                the card it keeps states its licence in words of its own.
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", *_UPLOAD) if key in kwargs}
+        if unknown := sorted(kwargs.keys() - inspect.signature(super().save_pretrained).parameters.keys()):
+            raise UserError(f"save_pretrained: there is no keyword {unknown[0]!r}")
+        if model_card:
+            check_license(self._origin, license)
         super().save_pretrained(save_directory, **kwargs)
         forget_origin(Path(save_directory))
         if model_card:

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from . import __version__
+from .errors import UserError
 from .files import write_json
 from .run_folder import ENVIRONMENT, NETWORK, RECIPE, newest_checkpoint, newest_preview, read_evaluations, read_metrics
 from .saved_model import CONFIG, INDEX
@@ -66,6 +67,19 @@ def write_model_card(
         run=_facts(run) if run else None,
     )
     card.save(folder / CARD)
+
+
+def check_license(origin: Path | None, license: str | None) -> None:
+    """Raises UserError if the card of a saved folder, which is kept, states another licence in words of its own."""
+    if license is None or origin is None or not (origin / CARD).is_file():
+        return
+    card = ModelCard.load(origin / CARD)
+    stated = card.data.license
+    if stated != license and LICENCE.format(stated or NO_LICENCE) not in card.text:
+        raise UserError(
+            f"{origin / CARD}: states the licence {stated} in words of its own, which license={license!r} would "
+            "contradict: leave it out, and edit the card that is saved"
+        )
 
 
 def _keep_card(origin: Path, folder: Path, license: str | None) -> None:
