@@ -48,6 +48,21 @@ def test_commands_keep_freed_memory() -> None:
     assert int(output) < 100  # 64 MiB are 16384 pages
 
 
+@pytest.mark.parametrize("while_importing", ["tyro", "torch"])
+def test_ctrl_c_before_anything_has_begun(while_importing: str) -> None:
+    code = (
+        "import sys\n"
+        "class CtrlC:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {while_importing!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, CtrlC())\n"
+        "from pixeldip.cli import main\n"
+        "sys.exit(main(['convert', 'nowhere.ckpt', 'out']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_reader_that_has_seen_enough() -> None:
     command = [sys.executable, "-m", "pixeldip.cli", "train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -8,28 +8,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-from pydantic import Field
-
-from .errors import UserError
-from .heap import keep_freed_memory
-from .recipe import ModelSection, Recipe, load_recipe, parse_recipe, recipe_values
-from .settings import (
-    EvaluationOptions,
-    Fraction,
-    NonNegative,
-    PlanOptions,
-    Positive,
-    Precision,
-    SamplingFlags,
-    Solver,
-    check_flags,
-    check_values,
-)
-from .terminal import PlainConsole, printable
-
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
 BROKEN_PIPE = 141
+
+try:
+    import tyro
+    from pydantic import Field
+
+    from .errors import UserError
+    from .heap import keep_freed_memory
+    from .recipe import ModelSection, Recipe, load_recipe, parse_recipe, recipe_values
+    from .settings import (
+        EvaluationOptions,
+        Fraction,
+        NonNegative,
+        PlanOptions,
+        Positive,
+        Precision,
+        SamplingFlags,
+        Solver,
+        check_flags,
+        check_values,
+    )
+    from .terminal import PlainConsole, printable
+except KeyboardInterrupt:  # these take a moment, in which nothing has begun
+    sys.exit(INTERRUPTED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
