@@ -87,6 +87,7 @@ def test_a_reader_that_has_seen_enough() -> None:
         (["sample", "{model}", "--classes", "3"], "classes 0 to 2"),
         (["sample", "{model}", "--seeds", "a-b"], "seeds 'a-b'"),
         (["sample", "{model}", "--height", "20"], "multiples of 8"),
+        (["sample", "{model}", "--height", "800000000"], "--height: input should be less than or equal to 16384"),
         (["sample", "{model}", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
         (["sample", "{model}", "--steps", "100001"], "--steps: input should be less than or equal to 100000"),
         (["sample", "{model}", "--guidance", "nan"], "--guidance: input should be a finite number"),

@@ -26,6 +26,7 @@ try:
         Positive,
         Precision,
         SamplingFlags,
+        Side,
         Solver,
         check_flags,
         check_values,
@@ -142,8 +143,8 @@ class SampleArguments(SamplingFlags):
     """One image per seed: 7, 0-15 or 0-7,20. The classes are dealt out in turn, and in an .npz in a random order."""
     class_order_seed: NonNegative | None = None
     """Deal the classes out in the random order of this seed; None: 0 for an .npz, in turn for a folder."""
-    height: Positive | None = None
-    width: Positive | None = None
+    height: Side | None = None
+    width: Side | None = None
     batch_size: Positive = 32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Precision = "auto"
@@ -190,7 +191,7 @@ class ReferenceArguments:
     data: tyro.conf.Positional[str]
     """An image folder, a parquet or webdataset file, a hub dataset, or an .npz of images."""
     out: Path = Path("reference.npz")
-    resolution: Positive | None = None
+    resolution: Side | None = None
     """Crop and scale to squares of this size as training does; None: the images all have one size."""
     split: str = "train"
     images: Positive = 10_000
@@ -237,7 +238,7 @@ class StudyArguments:
     """A reference .npz to measure distances to, in place of the held-out images."""
     image: Path | None = None
     """The photograph of overfit; by default the bundled one."""
-    resolution: Positive | None = None
+    resolution: Side | None = None
     """Height and width overfit crops and scales its photograph to; by default the scale's."""
     contenders: tuple[str, ...] = ()
     """Names of those to compare, for instance unet dit; by default all of the study's."""
@@ -306,7 +307,7 @@ class ConvertArguments:
     """Folder to write; DiPPipeline.from_pretrained and pixeldip sample read it."""
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights, which the authors sample from, or the raw ones."""
-    resolution: Positive | None = None
+    resolution: Side | None = None
     """Training size in pixels; by default 16 patches a side. For PixNerd's fine-tune at 512 give 512."""
 
 
@@ -330,8 +331,8 @@ class ExportArguments:
     """torch: torch.export, and an AOTInductor package where a C++ compiler is found; onnx: for any ONNX runtime."""
     out: Path = Path("exported")
     """Folder to write."""
-    height: Positive | None = None
-    width: Positive | None = None
+    height: Side | None = None
+    width: Side | None = None
 
 
 def export(arguments: list[str]) -> int:
@@ -354,9 +355,9 @@ class BenchArguments:
     training on a growing number of processes."""
     model: str = "dip-b/16"
     """A preset, with random weights; or a run folder, a saved model folder or a hub id."""
-    height: Positive | None = None
+    height: Side | None = None
     """By default 16 patches, or the training size."""
-    width: Positive | None = None
+    width: Side | None = None
     batch: Positive = 1
     """latency, training: images in a step; scaling: in each process."""
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 8)

@@ -13,11 +13,10 @@ from typing_extensions import TypedDict
 from .errors import UserError
 from .model import DiP
 from .run_folder import NETWORK
-from .settings import NonNegative, Positive, Steps, explained
+from .settings import NonNegative, Positive, Side, Steps, explained
 from .terminal import some
 
 INDEX, CONFIG = "model_index.json", "config.json"
-Side = Annotated[int, Field(ge=1, le=16_384)]
 Depth = Annotated[int, Field(ge=1, le=1000)]
 
 
