@@ -17,6 +17,7 @@ from rich.console import Console
 from pixeldip import UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import from_uint8, grid, to_uint8
+from pixeldip.recipe import parse_recipe
 from pixeldip.sampling import SampledImages, parse_seeds
 from pixeldip.training import train
 
@@ -173,6 +174,14 @@ def test_a_mistyped_flag_is_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "--model.dpeth", "3"])
     assert caught.value.code == 2 and "--model.depth" in "".join(capsys.readouterr())
+
+
+def test_the_users_folder(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["sample", str(model_folder), "--seeds", "0-1", "--steps", "1", "--out=~/a.npz"]) == 0
+    assert main(["evaluate", "~/a.npz", "--metrics", "boundary", "--out", "~/a.json"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "a.json"}
+    assert parse_recipe({"out": "~/run"}).out == str(tmp_path / "run")
 
 
 def test_samples_do_not_depend_on_the_batch(model_folder: Path, tmp_path: Path) -> None:

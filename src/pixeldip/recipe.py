@@ -6,6 +6,7 @@ The defaults of all but the model are those of `recipes/my-images.yaml`. This mo
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -241,9 +242,11 @@ def parse_recipe(values: Any, where: str = "recipe") -> Recipe:
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected sections such as data: and model:, found {type(values).__name__}")
     try:
-        return _ADAPTER.validate_python(values)
+        recipe = _ADAPTER.validate_python(values)
     except ValidationError as error:
         raise UserError(f"{where}: {'; '.join(_explain(e) for e in error.errors())}") from None
+    recipe.out = os.path.expanduser(recipe.out)
+    return recipe
 
 
 def _explain(error: Any) -> str:
@@ -270,7 +273,7 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UserError: if there is none, or it is not a recipe.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"{name}: no such recipe file")

@@ -4,6 +4,7 @@ This module imports no torch, so that every command's --help answers at once.
 """
 
 import dataclasses
+import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -154,12 +155,21 @@ class PlanOptions:
 
 
 def check_flags(arguments: Any) -> None:
-    """Checks a command's arguments, a dataclass, against the ranges of their types.
+    """Checks a command's arguments, a dataclass, against the ranges of their types, and puts the user's folder in place
+    of ~, as shells do where it is not quoted or behind an =.
 
     Raises:
         UserError: naming the flags.
     """
     check_values(arguments, lambda name: f"--{name.replace('_', '-')}")
+    for field in dataclasses.fields(arguments):
+        setattr(arguments, field.name, _expanded(getattr(arguments, field.name)))
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 
 def refuse_flags(arguments: Any, foreign: Collection[str], why: str) -> None:
