@@ -88,6 +88,17 @@ def test_a_reader_that_has_seen_enough() -> None:
         (["sample", "{model}", "--classes", "3"], "classes 0 to 2"),
         (["sample", "{model}", "--seeds", "a-b"], "seeds 'a-b'"),
         (["sample", "{model}", "--height", "20"], "multiples of 8"),
+        (["sample", "{model}", "--steps", "abc"], "sample: --steps: expected a whole number, found 'abc'\n"),
+        (["sample", "{model}", "--steps"], "sample: --steps: a value is missing\n"),
+        (
+            ["sample", "{model}", "--guidance-interval", "1"],
+            "--guidance-interval: expected a number and a number, found",
+        ),
+        (
+            ["sample", "{model}", "--solver", "rk4"],
+            "--solver: choose one of ab2, ancestral, ddim, euler, heun, not 'rk4'",
+        ),
+        (["train", "--training.steps", "x"], "train: --training.steps: expected a whole number, found 'x'\n"),
         (["sample", "{model}", "--height", "800000000"], "--height: input should be less than or equal to 16384"),
         (["sample", "{model}", "--steps", "0"], "--steps: input should be greater than or equal to 1, found 0"),
         (["sample", "{model}", "--steps", "100001"], "--steps: input should be less than or equal to 100000"),
@@ -122,7 +133,7 @@ def test_mistakes_are_one_message_and_status_2(
     (tmp_path / "fake.parquet").write_text("x")
     assert main([a.format(model=model_folder) for a in arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error and "╭" not in error
 
 
 @pytest.mark.filterwarnings("error")  # a file that Python closes later, when the disk is still full

@@ -1,15 +1,22 @@
 """The command line. Each command parses its flags here and imports what it needs only then."""
 
+import contextlib
 import difflib
+import io
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
 BROKEN_PIPE = 141
+T = TypeVar("T")
+_KINDS = {"{None}|": "", "{": "", "}": "", " ": " and ", "|": " or ", "INT": "a whole number", "FLOAT": "a number"}
+"""tyro's signs for what a flag takes, and what they mean."""
 
 try:
     import tyro
@@ -67,6 +74,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
 
 
+def _parsed(kind: type[T], prog: str, arguments: list[str], **options: Any) -> T:
+    """The arguments as a dataclass; what tyro says of a value, in a box of many lines, is said in one.
+
+    Raises:
+        UserError: naming the flag and the value.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=prog, args=arguments, **options)
+    except SystemExit:
+        if message := _of_a_value(said.getvalue()):
+            raise UserError(message) from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _of_a_value(box: str) -> str | None:
+    """What tyro's box says of one value; None if it is of anything else."""
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]  # below the title
+    if lines and not lines[0].strip("-"):  # where a terminal has no box characters, underlined
+        del lines[0]
+    text = " ".join(itertools.takewhile(lambda line: line.strip("─╰╯-"), lines))  # down to a rule, or an empty line
+    if found := re.fullmatch(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)\.", text):
+        choices = sorted(choice for choice in re.findall(r"'([^']*)'", found[3]) if choice != "None")
+        return f"{found[2]}: choose one of {', '.join(choices)}, not {found[1]}"
+    if found := re.fullmatch(r"Error parsing (\S+): no type matching (.*) could be instantiated from \[(.*)\]\.", text):
+        flag, kinds, value = found.groups()
+        for name, meaning in _KINDS.items():
+            kinds = kinds.replace(name, meaning)
+        return f"{flag}: expected {kinds}, found {value}"
+    if found := re.fullmatch(r"Error parsing (\S+): (.*)", text):
+        why = found[2].replace("invalid literal for int() with base 10:", "expected a whole number, found")
+        return f"{found[1]}: {why.replace('could not convert string to float:', 'expected a number, found')}"
+    if found := re.fullmatch(r"Missing value for argument '(.*)'\. Expected .*", text):
+        return f"{found[1]}: a value is missing"
+    return None
+
+
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
@@ -79,7 +125,7 @@ def demo(arguments: list[str]) -> int:
     """Train a small model on the bundled pictures, sample it, write a report: the tour."""
     from .demo import DemoArguments, run_demo
 
-    parsed = tyro.cli(DemoArguments, prog="pixeldip demo", args=arguments)
+    parsed = _parsed(DemoArguments, "pixeldip demo", arguments)
     check_flags(parsed)
     return run_demo(parsed)
 
@@ -102,14 +148,14 @@ def train(arguments: list[str]) -> int:
         default.model = ModelSection()
     elif "--model.preset" in named:
         default.model = ModelSection(prediction=default.model.prediction)
-    parsed = tyro.cli(
+    parsed = _parsed(
         TrainArguments,
-        prog="pixeldip train [RECIPE]",
+        "pixeldip train [RECIPE]",
+        arguments[len(positional) :],
         description="Train a model, or resume the run in --out. RECIPE is a YAML file or the name of a packaged "
         "recipe (default: my-images); every flag overrides one of its values. --model.preset and --model.pretrained "
         "take the place of all the recipe's sizes.",
         default=TrainArguments(default),
-        args=arguments[len(positional) :],
     )
     recipe = parse_recipe(recipe_values(parsed.recipe), where="flags")
     if parsed.plan:
@@ -155,7 +201,7 @@ class SampleArguments(SamplingFlags):
 
 def sample(arguments: list[str]) -> int:
     """Sample images from a trained model into a folder or an .npz file."""
-    parsed = tyro.cli(SampleArguments, prog="pixeldip sample", args=arguments)
+    parsed = _parsed(SampleArguments, "pixeldip sample", arguments)
     check_flags(parsed)
     from .sampling import sample_command
 
@@ -204,13 +250,13 @@ class ReferenceArguments:
 def evaluate(arguments: list[str]) -> int:
     """Measure samples: FID, sFID, Inception Score, precision, recall and more; make reference files."""
     if arguments[:1] == ["reference"]:
-        parsed = tyro.cli(ReferenceArguments, prog="pixeldip evaluate reference", args=arguments[1:])
+        parsed = _parsed(ReferenceArguments, "pixeldip evaluate reference", arguments[1:])
         check_flags(parsed)
         from .evaluation.commands import reference_command
 
         reference_command(parsed)
     else:
-        parsed = tyro.cli(EvaluateArguments, prog="pixeldip evaluate", args=arguments)
+        parsed = _parsed(EvaluateArguments, "pixeldip evaluate", arguments)
         check_flags(parsed)
         from .evaluation.commands import evaluate_command
 
@@ -253,7 +299,7 @@ class StudyArguments:
 
 def study(arguments: list[str]) -> int:
     """Repeat a study of the paper: train contenders, measure them, write one report."""
-    parsed = tyro.cli(StudyArguments, prog="pixeldip study", args=arguments)
+    parsed = _parsed(StudyArguments, "pixeldip study", arguments)
     check_flags(parsed)
     from .studies import study_command
 
@@ -290,7 +336,7 @@ class SweepArguments(EvaluationOptions):
 
 def sweep(arguments: list[str]) -> int:
     """Find the guidance, solver and number of steps that suit a model."""
-    parsed = tyro.cli(SweepArguments, prog="pixeldip sweep", args=arguments)
+    parsed = _parsed(SweepArguments, "pixeldip sweep", arguments)
     check_flags(parsed)
     from .studies import sweep_command
 
@@ -313,7 +359,7 @@ class ConvertArguments:
 
 def convert(arguments: list[str]) -> int:
     """Turn an authors' checkpoint into a model folder."""
-    parsed = tyro.cli(ConvertArguments, prog="pixeldip convert", args=arguments)
+    parsed = _parsed(ConvertArguments, "pixeldip convert", arguments)
     check_flags(parsed)
     from .convert import convert_checkpoint
 
@@ -337,7 +383,7 @@ class ExportArguments:
 
 def export(arguments: list[str]) -> int:
     """Write a model's network as a torch.export or ONNX program."""
-    parsed = tyro.cli(ExportArguments, prog="pixeldip export", args=arguments)
+    parsed = _parsed(ExportArguments, "pixeldip export", arguments)
     check_flags(parsed)
     from .export import export_command
 
@@ -379,7 +425,7 @@ class BenchArguments:
 
 def bench(arguments: list[str]) -> int:
     """Measure speed and memory: against the release's way, other heads, and the device's limit."""
-    parsed = tyro.cli(BenchArguments, prog="pixeldip bench", args=arguments)
+    parsed = _parsed(BenchArguments, "pixeldip bench", arguments)
     check_flags(parsed)
     from .bench import bench_command
 
@@ -413,7 +459,7 @@ class AppArguments:
 
 def app(arguments: list[str]) -> int:
     """Open a page to play with models and to follow training."""
-    parsed = tyro.cli(AppArguments, prog="pixeldip app", args=arguments)
+    parsed = _parsed(AppArguments, "pixeldip app", arguments)
     check_flags(parsed)
     from .app import app_command
 
