@@ -1,6 +1,7 @@
 """Sources, decoding, crops, order, broken files."""
 
 import io
+import json
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from pixeldip.data import (
     PositionSampler,
     TrainingImages,
     centre_crop,
+    class_count,
     decode,
     open_source,
 )
@@ -130,6 +132,63 @@ def test_folder_with_classes(picture_folder: Path) -> None:
 def test_folder_without_classes(picture_folder: Path) -> None:
     source = open_source(DataSection(source=str(picture_folder / "ant")))
     assert source.class_names == () and len(source) == 6
+
+
+@pytest.mark.parametrize(
+    ("moved", "used", "classes", "told"),
+    [
+        ({}, 12, 2, ()),
+        ({"ant/0.png": ".hidden/0.png", "bee/0.png": "bee/__0.png"}, 11, 2, ()),
+        (
+            {"ant/0.png": "cover.png"},
+            *(12, 0),
+            ("no classes, since not all images lie as deep as ant/1.png: cover.png; move them for a class",),
+        ),
+        (
+            {"ant": "train/ant", "bee": "test/bee"},
+            *(6, 0),
+            ("6 of its 12 images are used, those of split train: names of its folders or files tell splits",),
+        ),
+        ({"ant": "a steam train"}, 6, 0, ("6 of its 12 images are used",)),
+        (
+            {"bee/0.png": "bee/0.avif", "bee/1.png": "bee/1.HEIC", "bee/2.png": "bee/2"},
+            *(9, 2),
+            ("files passed over, since they are not named as images that are read (1 without an ext", "1 .avif, 1 .h"),
+        ),
+    ],
+)
+def test_what_is_not_used_of_a_folder_is_told(
+    picture_folder: Path, moved: dict[str, str], used: int, classes: int, told: tuple[str, ...]
+) -> None:
+    for old, new in moved.items():
+        (picture_folder / new).parent.mkdir(exist_ok=True)
+        (picture_folder / old).rename(picture_folder / new)
+    section = DataSection(source=str(picture_folder))
+    source = open_source(section)
+    assert (len(source), len(source.class_names), class_count(section)) == (used, classes, classes)
+    assert len(source.warnings) == bool(told) and all(text in source.warnings[0] for text in told)
+    section.label_column = "none"
+    assert not any("no classes" in warning for warning in open_source(section).warnings)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_images_that_a_metadata_file_does_not_name_are_told(picture_folder: Path, kind: str) -> None:
+    rows = [{"file_name": f"{i}.png", "label": str(i % 3)} for i in range(6)]
+    lines = map(json.dumps, rows) if kind == "jsonl" else (",".join(row) for row in [rows[0], *map(dict.values, rows)])
+    (picture_folder / "ant" / f"metadata.{kind}").write_text("\n".join(lines))
+    section = DataSection(source=str(picture_folder))
+    source = open_source(section)
+    assert (len(source), len(source.class_names), class_count(section)) == (6, 3, 3)
+    left_out = ", ".join(f"bee/{i}.png" for i in range(6))
+    (warning,) = source.warnings
+    assert f"ant/metadata.{kind} names 6 of 12 images, and the others are left out: {left_out}; name them" in warning
+    assert not open_source(DataSection(source=str(picture_folder / "ant"))).warnings
+
+
+def test_a_folder_of_files_that_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no image, .parquet or .tar files in this folder; .*\(1 .heic\); make them"):
+        open_source(DataSection(source=str(tmp_path)))
 
 
 def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Path) -> None:

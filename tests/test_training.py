@@ -112,9 +112,11 @@ def test_what_is_saved_is_the_average(tmp_path: Path, picture_folder: Path) -> N
     assert any(not torch.allclose(value, state[f"network.{name}"], rtol=1e-4) for name, value in saved.items())
 
 
-def test_without_classes(tmp_path: Path, picture_folder: Path) -> None:
+def test_without_classes(tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (picture_folder / "ant" / "photo.heic").write_bytes(b"")
     recipe = tiny_recipe(tmp_path / "run", picture_folder / "ant", preview={"every": 6, "images": 4, "steps": 2})
-    train(recipe, QUIET)
+    train(recipe)
+    assert f"warning: data.source {picture_folder / 'ant'}: files passed over" in capsys.readouterr().out
     pipeline = DiPPipeline.from_pretrained(str(tmp_path / "run"))
     assert len(pipeline(seeds=[0, 1], num_inference_steps=2).images) == 2
     with pytest.raises(UserError, match="trained without classes"):

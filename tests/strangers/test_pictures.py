@@ -153,7 +153,9 @@ def test_a_split_that_is_a_folder_of_links(picture_folder: Path, tmp_path: Path)
     for split in ("train", "test"):
         source = open_source(DataSection(source=str(tmp_path / "data"), split=split))
         assert (len(source), source.class_names) == (12, ("a", "b"))
-    with pytest.raises(UserError):
+    with pytest.raises(
+        UserError, match="no images of split test; names of its folders or files tell the splits train;"
+    ):
         open_source(DataSection(source=str(picture_folder), split="test"))
 
 

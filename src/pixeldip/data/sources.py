@@ -1,11 +1,11 @@
 """Where images come from, all as map-style Hugging Face datasets."""
 
-import contextlib
 import errno
 import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from PIL import Image
 from ..errors import UserError
 from ..recipe import DataSection
 from ..terminal import printable
+from .image_folder import OTHER_PICTURES, Pictures, image_folder, is_image, passed_over, walk
 from .transforms import BrokenImage, decode
 
 BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
@@ -27,7 +28,6 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Words in the names of shards that tell their split."""
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 _LARGEST_FILE = 2**30
 """Bytes of an image file; 16-bit RGBA of the most pixels Pillow decodes has fewer."""
 _MOST_FOLDERS = 1_000_000
@@ -48,6 +48,8 @@ class Source:
     """Empty for a source without classes."""
     no_files: tuple[str, ...] = ()
     """Links that lead nowhere, pipes, devices."""
+    warnings: tuple[str, ...] = ()
+    """What of a folder is not used though it may be meant to be: images, classes."""
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.no_files)
@@ -125,20 +127,25 @@ def open_source(section: DataSection) -> Source:
         raise UserError("data.source is missing: give an image folder, for instance --data.source my-photos/")
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    builder, arguments, no_files = _builder(section.source, section.split)
+    builder, arguments, pictures = _builder(section.source, section.split)
     try:
         rows = datasets.load_dataset(builder, split=section.split, **arguments)
     except Exception as error:  # datasets raises many kinds; its message says which file or split
         raise UserError(f"data.source {section.source}: {_first_line(error)}") from error
     if len(rows) == 0:
         raise UserError(f"data.source {section.source}: no images in it")
-    return replace(_with_columns(rows, section), no_files=tuple(no_files))
+    source = _with_columns(rows, section)
+    if pictures is None:
+        return source
+    told = pictures.warnings(source.rows, source.image_column, section)
+    warnings = tuple(f"data.source {section.source}: {text}" for text in told)
+    return replace(source, no_files=pictures.no_files, warnings=warnings)
 
 
 def class_count(section: DataSection) -> int | None:
     """How many classes a source has, as far as that shows without opening it; None: it does not.
 
-    It shows in the folders of images, and in the schema of parquet files.
+    It shows in the folders of images, and in the schema of parquet files. Images that a metadata file names are opened.
     """
     import datasets
     from pyarrow import ArrowException, parquet
@@ -148,13 +155,13 @@ def class_count(section: DataSection) -> int | None:
     if not section.source or "://" in section.source:
         return None
     try:
-        builder, arguments, _ = _builder(section.source, section.split)
+        builder, arguments, pictures = _builder(section.source, section.split)
     except UserError:
         return None
-    if builder == "imagefolder" and not section.label_column:
-        folders = _walk(os.path.expanduser(section.source))
-        names = {Path(folder).name for folder, files in folders if any(_is_image(name) for name in files)}
-        return len(names) if len(names) > 1 else 0
+    if pictures and pictures.metadata:
+        return len(open_source(section).class_names)
+    if pictures and not section.label_column:
+        return len(pictures.class_names)
     if builder == "parquet":
         files = next(iter(arguments["data_files"].values()))
         try:
@@ -169,43 +176,50 @@ def class_count(section: DataSection) -> int | None:
     return None
 
 
-def _builder(source: str, split: str) -> tuple[str, dict[str, Any], list[str]]:
-    """What `load_dataset` is asked for, and the files with names of images that it passes over."""
+def _builder(source: str, split: str) -> tuple[str, dict[str, Any], Pictures | None]:
+    """What `load_dataset` is asked for, and of a folder of images what it will find there."""
     path = Path(os.path.expanduser(source))
     if source in BUNDLED and not path.exists():
         folder = resources.files(__package__) / "bundled"
-        return "parquet", {"data_files": {split: str(folder / name) for split, name in BUNDLED[source].items()}}, []
+        return "parquet", {"data_files": {split: str(folder / name) for split, name in BUNDLED[source].items()}}, None
     if path.is_file():
         if path.suffix in BUILDERS:
-            return BUILDERS[path.suffix], {"data_files": {"train": glob.escape(str(path))}}, []
+            return BUILDERS[path.suffix], {"data_files": {"train": glob.escape(str(path))}}, None
         raise UserError(
             f"data.source {source}: a file, but neither .parquet nor .tar; give the folder that holds the images"
         )
     if path.is_dir():
         shards: dict[str, list[str]] = {suffix: [] for suffix in BUILDERS}
+        others: Counter[str] = Counter()
         has_images = False
-        for count, (folder, names) in enumerate(_walk(path)):
+        for count, (folder, names) in enumerate(walk(path)):
             if count == _MOST_FOLDERS:
                 raise UserError(f"data.source {source}: more than {_MOST_FOLDERS} folders, those behind links included")
             for name in names:
                 suffix = os.path.splitext(name)[1].lower()
-                has_images |= _is_image(name)
+                has_images |= is_image(name)
+                if suffix in OTHER_PICTURES:
+                    others[suffix] += 1
                 if suffix in shards:
                     shards[suffix].append(os.path.join(folder, name))
         kinds = [suffix for suffix in BUILDERS if shards[suffix]] + ["pictures"] * has_images
         if not kinds:
-            raise UserError(f"data.source {source}: no image, .parquet or .tar files in this folder")
+            why = f"; {passed_over(others)}" if others else ""
+            raise UserError(f"data.source {source}: no image, .parquet or .tar files in this folder{why}")
         if len(kinds) > 1:
             raise UserError(f"data.source {source}: holds {' and '.join(kinds)}; give a folder that holds one kind")
         (kind,) = kinds
         if kind in BUILDERS:
             by_split = _by_split({os.path.relpath(shard, path): glob.escape(shard) for shard in shards[kind]}, split)
-            return BUILDERS[kind], {"data_files": by_split}, []
-        return "imagefolder", *_image_folder(path, split)
+            return BUILDERS[kind], {"data_files": by_split}, None
+        try:
+            return "imagefolder", *image_folder(path, split)
+        except Exception as error:  # datasets raises many kinds
+            raise UserError(f"data.source {source}: {_first_line(error)}") from error
     if "://" in source:
-        return *_remote(source, split), []
+        return *_remote(source, split), None
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/"):
-        return source, {}, []
+        return source, {}, None
     raise UserError(f"data.source {source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
 
 
@@ -241,40 +255,6 @@ def _by_split(shards: Mapping[str, str], split: str) -> dict[str, list[str]]:
         named = (name for word in words for name, spellings in SPLITS.items() if word in spellings)
         found.setdefault(next(named, "train"), []).append(shard)
     return {split: found[split]} if split in found else found
-
-
-def _walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """A folder and those in it, links to folders included, each with the names of its files."""
-    real = os.path.realpath(folder)
-    if real in above:  # a link back up
-        return
-    inner, names = [], []
-    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
-        for entry in entries:
-            (inner if os.path.isdir(entry) else names).append(entry.name)
-    yield str(folder), sorted(names)
-    for name in sorted(inner):
-        yield from _walk(os.path.join(folder, name), (*above, real))
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
-
-
-def _image_folder(path: Path, split: str) -> tuple[dict[str, Any], list[str]]:
-    """What the `imagefolder` builder is asked for. It follows links to files, but itself neither follows those to
-    folders nor tells of those that lead nowhere."""
-    root = path / split if (path / split).is_dir() else path
-    linked, no_files = [], []
-    for folder, names in _walk(root):
-        if os.path.islink(folder) and folder != str(path):
-            linked.append(folder)
-        files = (os.path.join(folder, name) for name in names if _is_image(name))
-        no_files += [file for file in files if not os.path.isfile(file)]
-    if not linked or (root == path and split != "train"):
-        return {"data_dir": glob.escape(str(path))}, no_files
-    folders = dict.fromkeys([str(root), *linked])
-    return {"data_files": {split: [f"{glob.escape(folder)}/**" for folder in folders]}}, no_files
 
 
 def _with_columns(rows: Any, section: DataSection) -> Source:

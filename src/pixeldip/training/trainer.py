@@ -113,7 +113,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         images.load_into_memory(console)
     if processes.is_main:
         prepare_run_folder(run, recipe, processes, first_step, start, data)
-    for warning in [*damaged, *([f"data.source changed: {changed}"] if changed else [])]:
+    for warning in [*source.warnings, *damaged, *([f"data.source changed: {changed}"] if changed else [])]:
         warn(console, warning)
     introduce(console, recipe, model, source, processes, first_step, start)
     metrics = None
