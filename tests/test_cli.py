@@ -81,6 +81,7 @@ def test_a_reader_that_has_seen_enough() -> None:
         (["train", "my-imags"], "neither a .yaml file nor one of the recipes"),
         (["train", "--data.source", "nowhere"], "no such folder"),
         (["train", "--training.steps", "0"], "training.steps"),
+        (["train", "--data.source", "emoji", "--out", ""], "out: string should have at least 1 character, found ''"),
         (["train", "--data.source", ".", "--optimizer.betas", "0.9", "1"], "optimizer.betas.1: input should be less"),
         (["train", "--plan", "--data.source", "fake.parquet"], "data.source fake.parquet: "),
         (["sample", "nowhere"], "no such folder"),

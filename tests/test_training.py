@@ -123,6 +123,19 @@ def test_without_classes(tmp_path: Path, picture_folder: Path, capsys: pytest.Ca
         pipeline(class_labels=[0])
 
 
+@pytest.mark.parametrize("inside", [".", "runs/first"])
+def test_a_run_among_its_own_images_is_refused(inside: str, tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(picture_folder / inside, picture_folder)
+    with pytest.raises(UserError, match=rf"out {recipe.out}: lies in data.source .* choose a folder outside of it"):
+        train(recipe, QUIET)
+    assert sorted(path.name for path in picture_folder.iterdir()) == ["ant", "bee"]
+    earlier = tiny_recipe(tmp_path / "earlier", picture_folder, training={"steps": 1})
+    train(earlier, QUIET)
+    (tmp_path / "earlier").rename(picture_folder / "earlier")
+    with pytest.raises(UserError, match=r"data.source .*/earlier is a run folder, whose samples are images, too"):
+        train(tiny_recipe(tmp_path / "run", picture_folder), QUIET)
+
+
 def test_half_an_environment_of_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start with torchrun"):

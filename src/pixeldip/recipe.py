@@ -210,7 +210,7 @@ class LoggingSection:
 class Recipe:
     """A training run."""
 
-    out: str = "runs/my-images"
+    out: Annotated[str, Field(min_length=1)] = "runs/my-images"
     """The run folder; a run found there is resumed."""
     data: DataSection = field(default_factory=DataSection)
     model: ModelSection = field(default_factory=ModelSection)

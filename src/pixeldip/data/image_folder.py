@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from ..errors import UserError
 from ..recipe import DataSection
+from ..run_folder import METRICS, RECIPE
 from ..terminal import printable, some
 
 OTHER_PICTURES = {
@@ -130,7 +131,7 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
     follows those to folders nor tells of those that lead nowhere.
 
     Raises:
-        UserError: if there are no images of the split.
+        UserError: if there are no images of the split, or those of a run among them.
     """
     import datasets
 
@@ -139,6 +140,11 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
     linked, no_files, held = [], [], 0
     for folder, names in walk(path):
         inside = Path(folder).is_relative_to(root)
+        if inside and {RECIPE, METRICS} <= set(names):
+            raise UserError(
+                f"{printable(folder, one_line=True)} is a run folder, whose samples are images, too; move it away, or "
+                "give a folder that holds the images alone"
+            )
         if os.path.islink(folder) and inside:
             linked.append(folder)
         for file in (os.path.join(folder, name) for name in names if is_image(name)):

@@ -36,6 +36,20 @@ _MAY_CHANGE = {
 _NO_SIZES = {"pretrained", "lora_rank", "lora_alpha"}
 
 
+def check_out(recipe: Recipe) -> None:
+    """Refuses a run folder among the images, before anything is written there.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    source = Path(recipe.data.source).expanduser()
+    if recipe.data.source and source.is_dir() and Path(recipe.out).resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"out {recipe.out}: lies in data.source {recipe.data.source}, and the run's samples would be trained on; "
+            "choose a folder outside of it with --out, or move the images to one of their own"
+        )
+
+
 def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | None = None) -> None:
     """Refuses what cannot work, before any data is opened.
 

@@ -37,6 +37,7 @@ from .metrics import TrainingMetrics
 from .preparation import (
     build_model,
     check_data,
+    check_out,
     check_recipe,
     check_resume,
     introduce,
@@ -71,6 +72,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
             data, loss, memory, storage or another process break down.
     """
     console = console or PlainConsole()
+    check_out(recipe)
     run = Path(recipe.out)
     with (
         start_processes(recipe.training.device) as processes,
