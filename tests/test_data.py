@@ -5,11 +5,15 @@ import json
 import re
 import shutil
 import sys
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -192,8 +196,6 @@ def test_a_folder_of_files_that_are_not_read(tmp_path: Path) -> None:
 
 
 def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Path) -> None:
-    import tarfile
-
     parquet, tar = tmp_path / "p" / "x.parquet", tmp_path / "w" / "x.tar"
     for path in (parquet, tar):
         path.parent.mkdir()
@@ -295,6 +297,48 @@ def test_sources_that_are_none(tmp_path: Path, source: str, message: str) -> Non
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(UserError, match=message):
         open_source(DataSection(source=source.format(tmp=tmp_path)))
+
+
+def shard(path: Path, entry: bytes) -> None:
+    """Two pictures with a .cls entry each."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in {"0.png": encoded(make_picture(0)), "0.cls": b"1", "1.png": b"", "1.cls": entry}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def table(path: Path, **columns: list) -> None:
+    pq.write_table(pa.table({"image": [encoded(make_picture(i)) for i in range(2)], **columns}), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "good", "bad", "message"),
+    [
+        (shard, {"entry": b"0"}, {"entry": b"ant"}, r"b'ant'; a .cls entry is the number .*: --data.label-column txt$"),
+        (table, {"label": [0, 1]}, {"label": ["a", "b"]}, "; all shards must have the same columns, of the same types"),
+        (table, {"label": [0, 1]}, {"kind": [0, 1]}, "; all shards must have the same columns, of the same types"),
+        (table, {}, None, "Parquet file size is 0 bytes"),
+    ],
+)
+def test_the_shard_that_cannot_be_read_is_named(
+    write: Callable, good: dict, bad: dict | None, message: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    first, second = (tmp_path / f"{name}.{'tar' if write is shard else 'parquet'}" for name in "ab")
+    write(first, **good)
+    second.touch() if bad is None else write(second, **bad)
+    with pytest.raises(UserError, match=f"^data.source {tmp_path}: {second}: .*{message}"):
+        open_source(DataSection(source=str(tmp_path)))
+    assert "Failed" not in capfd.readouterr().err
+
+
+def test_columns_of_bytes_are_images_by_choice(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table(path, label=["ant", "bee"])
+    with pytest.raises(UserError, match=r"no column of images; .*; if image holds images' files: --data.image-col"):
+        open_source(DataSection(source=str(path)))
+    source = open_source(DataSection(source=str(path), image_column="image"))
+    assert source.class_names == ("ant", "bee") and source.picture(1)[:2] == (make_picture(1), 1)
 
 
 def test_columns_that_are_not_there(picture_folder: Path) -> None:

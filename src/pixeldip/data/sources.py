@@ -4,6 +4,7 @@ import errno
 import glob
 import os
 import re
+import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pyarrow import ArrowException, parquet
 
 from ..errors import UserError
 from ..recipe import DataSection
@@ -28,6 +30,8 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Words in the names of shards that tell their split."""
+_SHARD_NAMES = ("tar_path", "file")
+"""Of the variables in which the builders of `datasets` hold the shard they are reading."""
 _LARGEST_FILE = 2**30
 """Bytes of an image file; 16-bit RGBA of the most pixels Pillow decodes has fewer."""
 _MOST_FOLDERS = 1_000_000
@@ -125,13 +129,13 @@ def open_source(section: DataSection) -> Source:
 
     if not section.source:
         raise UserError("data.source is missing: give an image folder, for instance --data.source my-photos/")
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors are raised, too
     datasets.disable_progress_bars()
     builder, arguments, pictures = _builder(section.source, section.split)
     try:
         rows = datasets.load_dataset(builder, split=section.split, **arguments)
-    except Exception as error:  # datasets raises many kinds; its message says which file or split
-        raise UserError(f"data.source {section.source}: {_first_line(error)}") from error
+    except Exception as error:  # datasets raises many kinds
+        raise UserError(f"data.source {section.source}: {_why_unread(section.source, error)}") from error
     if len(rows) == 0:
         raise UserError(f"data.source {section.source}: no images in it")
     source = _with_columns(rows, section)
@@ -148,7 +152,6 @@ def class_count(section: DataSection) -> int | None:
     It shows in the folders of images, and in the schema of parquet files. Images that a metadata file names are opened.
     """
     import datasets
-    from pyarrow import ArrowException, parquet
 
     if section.label_column == "none":
         return 0
@@ -262,10 +265,12 @@ def _with_columns(rows: Any, section: DataSection) -> Source:
 
     columns = f"its columns are {', '.join(rows.features)}"
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    files = [name for name, feature in rows.features.items() if _holds_files(feature)]
     image_column = section.image_column or next(iter(images), None)
-    if image_column not in images:
+    if image_column not in images + files:
         called = f" called {image_column}" if image_column else ""
-        raise UserError(f"data.source {section.source}: no column of images{called}; {columns}")
+        advice = f"; if {files[0]} holds images' files: --data.image-column {files[0]}" if files else ""
+        raise UserError(f"data.source {section.source}: no column of images{called}; {columns}{advice}")
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
 
     label_column = section.label_column or _class_column(rows.features)
@@ -281,12 +286,32 @@ def _with_columns(rows: Any, section: DataSection) -> Source:
     return Source(rows, image_column, label_column, tuple(rows.features[label_column].names))
 
 
+def _holds_files(feature: Any) -> bool:
+    """Whether a column is of bytes, or of images whose table does not say that they are."""
+    if isinstance(feature, dict):
+        return feature.keys() == {"bytes", "path"}
+    return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
 def _class_column(features: Any) -> str | None:
     import datasets
 
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     usual = [name for name in ("label", "labels", "cls", "class") if name in features]
     return next(iter(classes + usual), None)
+
+
+def _why_unread(source: str, error: Exception) -> str:
+    """What `datasets` says of a source, the shard that it was reading, which its message leaves out, and advice."""
+    cause = error.__cause__ or error
+    text = _first_line(error)
+    seen = (frame.f_locals.get(name) for frame, _ in traceback.walk_tb(cause.__traceback__) for name in _SHARD_NAMES)
+    shard = next((name for name in seen if isinstance(name, str) and name.endswith(tuple(BUILDERS))), None)
+    if "invalid literal for int()" in text:
+        text += "; a .cls entry is the number of a class; write names into .txt entries: --data.label-column txt"
+    elif isinstance(cause, ArrowException | ValueError) and text.startswith(("Failed to parse", "Couldn't cast")):
+        text += "; all shards must have the same columns, of the same types"
+    return text if shard is None or shard.endswith(source) else f"{printable(shard, one_line=True)}: {text}"
 
 
 def _first_line(error: Exception) -> str:
