@@ -136,6 +136,33 @@ def test_a_damaged_record_of_the_images(trained: Recipe, damaged: str) -> None:
     assert train(trained, QUIET).step == 8 and json.loads((Path(trained.out) / "data.json").read_text())["images"] == 12
 
 
+@pytest.mark.parametrize(
+    ("gone", "told"),
+    [
+        ("recipe.yaml", "recipe.yaml is gone: the settings are not compared"),
+        ("data.json", "data.json is gone: the images are not compared"),
+        ("checkpoints", "run: no checkpoint of its 6 steps; it begins anew"),
+    ],
+)
+def test_what_is_gone_of_a_run_is_told(gone: str, told: str, trained: Recipe, capsys: pytest.CaptureFixture) -> None:
+    trained.training.steps = 8
+    (Path(trained.out) / gone).rename(Path(trained.out).parent / gone)
+    train(trained)
+    assert told in capsys.readouterr().out
+    trained.training.steps = 9
+    train(trained)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_sound_checkpoint_of_other_settings_is_not_to_be_deleted(trained: Recipe) -> None:
+    (Path(trained.out) / "recipe.yaml").unlink()
+    trained.training.steps, trained.model.depth = 8, 3
+    with pytest.raises(
+        UserError, match=r"step-00000006: cannot resume .*\. Its files are as they were written: give the"
+    ):
+        train(trained, QUIET)
+
+
 def test_images_that_moved_are_the_same(trained: Recipe, picture_folder: Path, tmp_path: Path) -> None:
     straight, moved = copied(trained, tmp_path / "a", 8), copied(trained, tmp_path / "b", 8)
     train(straight, QUIET)

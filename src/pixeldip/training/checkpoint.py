@@ -199,7 +199,7 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
     """Restores everything, strictly, and returns the step it was saved after.
 
     Raises:
-        UserError: if the files are damaged or belong to another model.
+        UserError: if the files belong to another model.
     """
     try:
         adapters = ema.model.adapters
@@ -207,10 +207,11 @@ def load_checkpoint(folder: Path, network: nn.Module, ema: EMA, optimizer: torch
         if not adapters:
             average = load_file(folder / PIPELINE / NETWORK / SAFETENSORS_WEIGHTS_NAME)
             set_model_state_dict(ema.model, average, options=StateDictOptions(full_state_dict=is_sharded(ema.model)))
-    except Exception as error:  # the readers raise many kinds for damaged files
+    except Exception as error:  # the readers raise many kinds
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{folder}: cannot resume from this checkpoint ({reason}); delete it to use an earlier one"
+            f"{folder}: cannot resume from this checkpoint ({reason}). Its files are as they were written: give the "
+            "settings that the run began with, or choose another folder with --out"
         ) from error
     return step
 

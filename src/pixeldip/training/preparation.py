@@ -20,7 +20,7 @@ from ..model.presets import preset_config
 from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
-from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint
+from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint, read_metrics
 from .pretrained import Start
 
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
@@ -146,6 +146,19 @@ def check_resume(run: Path, recipe: Recipe) -> None:
                 f"{run} holds a run with {key} = {theirs[key]}, and this one asks for {ours[key]}: "
                 "resume with the same recipe, or choose another folder with --out"
             )
+
+
+def not_compared(run: Path) -> list[str]:
+    """What is gone of a run that was begun in the folder, so that going on is not compared with its beginning."""
+    if not newest_checkpoint(run):
+        steps = read_metrics(run)
+        return [f"{run}: no checkpoint of its {steps[-1]['step']} steps; it begins anew"] if steps else []
+    records = {RECIPE: "settings", DATA: "images"}
+    return [
+        f"{run / name} is gone: the {what} are not compared with those that the run began with"
+        for name, what in records.items()
+        if not (run / name).is_file()
+    ]
 
 
 def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any], str]:

@@ -41,6 +41,7 @@ from .preparation import (
     check_recipe,
     check_resume,
     introduce,
+    not_compared,
     prepare_run_folder,
     seeded_initialisation,
 )
@@ -87,6 +88,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
 def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> Outcome:
     training = recipe.training
     check_resume(run, recipe)
+    gone = processes.on_main(lambda: not_compared(run))
     checkpoint, damaged = processes.on_main(lambda: sound_checkpoint(run))
     pretrained, trained, start = None, None, None
     if recipe.model.pretrained and checkpoint:
@@ -115,7 +117,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         images.load_into_memory(console)
     if processes.is_main:
         prepare_run_folder(run, recipe, processes, first_step, start, data)
-    for warning in [*source.warnings, *damaged, *([f"data.source changed: {changed}"] if changed else [])]:
+    for warning in [*source.warnings, *gone, *damaged, *([f"data.source changed: {changed}"] if changed else [])]:
         warn(console, warning)
     introduce(console, recipe, model, source, processes, first_step, start)
     metrics = None
