@@ -109,6 +109,27 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path, picture_fo
         train(other, QUIET)
 
 
+def test_a_rate_that_more_steps_throw_up_is_told(
+    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Of a cosine, and after a cooldown; not where the rate goes on as it was."""
+    for name, optimizer in {"a": {"schedule": "cosine"}, "b": {"schedule": "constant", "cooldown_steps": 3}}.items():
+        recipe = tiny_recipe(tmp_path / name, picture_folder, optimizer={**optimizer, "warmup_steps": 0, "lr": 0.01})
+        train(recipe, QUIET)
+        recipe.training.steps = 12
+        train(recipe)
+        was, now = {"a": ("0.00076", "0.005"), "b": ("0.0033", "0.01")}[name]
+        told = (
+            f"warning: the learning rate was {was} at step 6 of 6, and goes on at {now}: it follows the schedule of 12"
+        )
+        assert told in capsys.readouterr().out
+    recipe = tiny_recipe(tmp_path / "c", picture_folder, optimizer={"schedule": "constant"})
+    train(recipe, QUIET)
+    recipe.training.steps, recipe.optimizer.cooldown_steps = 9, 3
+    train(recipe)
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")  # of the values, which are of no right type
 def test_what_a_resume_may_change(tmp_path: Path) -> None:
     """How long a run goes on, where, and how it is watched; nothing that enters what is computed."""

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint, read_metrics
 from .pretrained import Start
+from .schedule import learning_rate
 
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
 # (what the images are is compared by their fingerprint, wherever they lie).
@@ -158,6 +160,21 @@ def not_compared(run: Path) -> list[str]:
         f"{run / name} is gone: the {what} are not compared with those that the run began with"
         for name, what in records.items()
         if not (run / name).is_file()
+    ]
+
+
+def changed_rate(run: Path, recipe: Recipe, step: int) -> list[str]:
+    """What to say where other steps than before throw the learning rate of a resumed run up or down."""
+    if not step or not (run / RECIPE).is_file():
+        return []
+    before = load_recipe(str(run / RECIPE))
+    was, would_be = (learning_rate(each.optimizer, step - 1, each.training.steps) for each in (before, recipe))
+    if math.isclose(was, would_be, rel_tol=0.01):
+        return []
+    now = learning_rate(recipe.optimizer, step, recipe.training.steps)
+    return [
+        f"the learning rate was {was:.2g} at step {step} of {before.training.steps}, and goes on at {now:.2g}: it "
+        f"follows the schedule of {recipe.training.steps} steps"
     ]
 
 
