@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pixeldip import UserError
+from pixeldip import DiPPipeline, UserError
 from pixeldip.data import TrainingImages, fingerprint, open_source
 from pixeldip.processes import Processes
 from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
@@ -86,6 +86,14 @@ def test_without_a_sound_checkpoint_nothing_is_touched(trained: Recipe) -> None:
     with pytest.raises(UserError, match=r"no checkpoint to go on from \(step-00000006 is damaged.*step-00000003"):
         train(trained, QUIET)
     assert [folder.name for folder in checkpoints(run)] == ["step-00000003", "step-00000006"]
+
+
+def test_a_checkpoint_without_its_model(trained: Recipe) -> None:
+    shutil.rmtree(Path(trained.out) / "checkpoints" / "step-00000006" / "pipeline")
+    with pytest.raises(
+        UserError, match=r"step-00000006: without its pipeline/ folder, which holds the model; put that"
+    ):
+        DiPPipeline.from_pretrained(trained.out)
 
 
 def test_one_run_in_a_folder(trained: Recipe) -> None:

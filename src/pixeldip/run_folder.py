@@ -143,14 +143,19 @@ def resolve_model(name: str) -> str:
     """The folder or hub id of a pipeline, given a run folder, a saved model folder or a hub id.
 
     Raises:
-        UserError: if it is a folder without a model, or no folder and no hub id.
+        UserError: if it is a folder without a model, a run whose newest checkpoint lacks it, or no folder nor hub id.
     """
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         if (path / "model_index.json").is_file():
             return str(path)
         if checkpoint := newest_checkpoint(path):
-            return str(checkpoint / PIPELINE)
+            if (checkpoint / PIPELINE).is_dir():
+                return str(checkpoint / PIPELINE)
+            raise UserError(
+                f"{checkpoint}: without its {PIPELINE}/ folder, which holds the model; put that back, or move the "
+                "checkpoint away to use the one before it, if there is one"
+            )
         raise UserError(f"{name}: neither a saved model (no model_index.json) nor a run with a checkpoint")
     if path.exists():
         raise UserError(f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {name} OUT")
