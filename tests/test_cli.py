@@ -4,6 +4,8 @@ import gc
 import json
 import platform
 import re
+import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -210,14 +212,16 @@ def test_samples_do_not_depend_on_the_batch(model_folder: Path, tmp_path: Path) 
     ] == "0-4,9"
 
 
-def test_train_then_sample(picture_folder: Path, tmp_path: Path) -> None:
+def test_train_then_sample(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flags = "--data.resolution 16 --model.hidden-size 32 --model.depth 1 --training.steps 2 --training.batch-size 4"
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     assert (
         main(["train", "--data.source", str(picture_folder), "--out", str(run), *flags.split(), "--preview.every", "0"])
         == 0
     )
-    assert main(["sample", str(run), "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "s")]) == 0
+    pixeldip, *told = shlex.split(capsys.readouterr().out.rpartition("sample it: ")[2])
+    assert (pixeldip, told) == ("pixeldip", ["sample", str(run)])
+    assert main([*told, "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "s")]) == 0
     assert len(list((tmp_path / "s").glob("0*.png"))) == 4
 
 

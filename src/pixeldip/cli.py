@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +172,7 @@ def train(arguments: list[str]) -> int:
     console = PlainConsole()  # quiet in all processes but the main one from here on
     outcome = run_training(recipe, console)
     if outcome.interrupted_by is None:
-        console.print(f"sample it: pixeldip sample {outcome.run}", soft_wrap=True)
+        console.print(f"sample it: pixeldip sample {shlex.quote(str(outcome.run))}", soft_wrap=True)
     return 128 + outcome.interrupted_by if outcome.interrupted_by else 0
 
 

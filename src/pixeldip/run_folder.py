@@ -15,6 +15,7 @@ previews/step-….png       sample grids of fixed seeds
 import json
 import os
 import re
+import shlex
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -158,7 +159,9 @@ def resolve_model(name: str) -> str:
             )
         raise UserError(f"{name}: neither a saved model (no model_index.json) nor a run with a checkpoint")
     if path.exists():
-        raise UserError(f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {name} OUT")
+        raise UserError(
+            f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {shlex.quote(name)} OUT"
+        )
     if not _may_be_hub_id(name):
         raise UserError(f"{name}: no such folder, and not a hub id (owner/name)")
     return name

@@ -4,6 +4,7 @@ import errno
 import glob
 import os
 import re
+import shlex
 import traceback
 from collections import Counter
 from collections.abc import Mapping
@@ -269,7 +270,7 @@ def _with_columns(rows: Any, section: DataSection) -> Source:
     image_column = section.image_column or next(iter(images), None)
     if image_column not in images + files:
         called = f" called {image_column}" if image_column else ""
-        advice = f"; if {files[0]} holds images' files: --data.image-column {files[0]}" if files else ""
+        advice = f"; if {files[0]} holds images' files: --data.image-column {shlex.quote(files[0])}" if files else ""
         raise UserError(f"data.source {section.source}: no column of images{called}; {columns}{advice}")
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
 

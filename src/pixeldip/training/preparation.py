@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any],
     if len(before["classes"]) != len(found["classes"]):
         raise UserError(
             f"data.source: {changed}; the model of {run} has {len(before['classes'])} classes. Start another run from "
-            f"it: --model.pretrained {run} --out FOLDER"
+            f"it: --model.pretrained {shlex.quote(str(run))} --out FOLDER"
         )
     if changed and not accept:
         raise UserError(
