@@ -4,7 +4,6 @@ import gc
 import json
 import platform
 import re
-import resource
 import shlex
 import subprocess
 import sys

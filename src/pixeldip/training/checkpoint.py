@@ -29,7 +29,7 @@ from ..processes import Processes
 from ..run_folder import CHECKPOINTS, LORA, NETWORK, PIPELINE, TRAINING_STATE, checkpoints, step_name
 from .checksums import damage, write_checksums
 from .ema import EMA
-from .failures import RESUME
+from .failures import again
 from .sharding import is_sharded, whole_tensor
 from .state import first_failure, read_state, training_state, write_state
 
@@ -158,8 +158,9 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             reason = _reason(error, self.run)
             shutil.rmtree(folder.with_name(f"{_PARTIAL}{folder.name}"), ignore_errors=True)
+            intact = "earlier checkpoints are intact. Put" if checkpoints(self.run) else "put"
             raise UserError(
-                f"{folder}: could not be written ({reason}); earlier checkpoints are intact. Put it right, and {RESUME}"
+                f"{folder}: could not be written ({reason}); {intact} it right, and the same command {again(self.run)}"
             ) from error
 
 

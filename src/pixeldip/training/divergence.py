@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: the step is left out at once, the policy decides at the next look."""
 
 import math
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +11,7 @@ from ..data import EpochOrder
 from ..errors import UserError
 from ..processes import Processes
 from ..recipe import TrainingSection
+from .failures import again
 
 
 def spreading(loss: Tensor) -> Tensor:
@@ -81,14 +83,15 @@ class Watch:
         return {**means, "gradient_norm": round(sound[-1]["gradient_norm"], 6)}
 
 
-def check_divergence(training: TrainingSection, diverged: list[dict[str, Any]]) -> None:
+def check_divergence(training: TrainingSection, run: Path, diverged: list[dict[str, Any]]) -> None:
     """Ends the run if the policy says so.
 
     Raises:
         UserError: at the first step that diverged, or, where steps are skipped, at the last of too many in a row.
     """
     if diverged and training.on_divergence == "stop":
-        _stop(diverged[0], "to leave such steps out and go on, resume with --training.on-divergence skip; or start")
+        skip = "with --training.on-divergence skip, which leaves such steps out, the same command"
+        _stop(diverged[0], f"{skip} {again(run)}; or start")
     for step in diverged:
         if step["consecutive"] >= training.skip_limit:
             _stop(step, f"{step['consecutive']} steps in a row were left out (training.skip_limit); start")
@@ -97,6 +100,6 @@ def check_divergence(training: TrainingSection, diverged: list[dict[str, Any]]) 
 def _stop(step: dict[str, Any], advice: str) -> NoReturn:
     raise UserError(
         f"step {step['step']} diverged: loss {step['loss']:.4g}, gradient norm {step['gradient_norm']:.4g}. It was "
-        f"left out, metrics.jsonl names its images, the last checkpoint is sound; {advice} anew in another folder with "
-        "a lower optimizer.lr or training.precision fp32"
+        f"left out, and metrics.jsonl names its images; {advice} anew in another folder with a lower optimizer.lr or "
+        "training.precision fp32"
     )

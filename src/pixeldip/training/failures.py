@@ -3,20 +3,30 @@
 import contextlib
 import errno
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from ..errors import UserError
 from ..processes import Processes
 from ..recipe import Recipe, TrainingSection
+from ..run_folder import newest_checkpoint
 
-RESUME = "the same command goes on from the last checkpoint"
 _STORAGE = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EFBIG", "EIO", "EACCES", "EPERM", "ESTALE", "ENOTCONN")
     if hasattr(errno, name)
 }
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+def again(run: Path) -> str:
+    """What the same command does after a run has failed."""
+    try:
+        is_saved = newest_checkpoint(run) is not None
+    except OSError:  # of the storage that the run has failed of
+        is_saved = True
+    return "goes on from the last checkpoint" if is_saved else "begins anew, for want of a checkpoint"
 
 
 @contextlib.contextmanager
@@ -33,25 +43,25 @@ def explained(recipe: Recipe, processes: Processes) -> Iterator[None]:
 
 
 def _explanation(error: Exception, recipe: Recipe, processes: Processes) -> str | None:
-    text = str(error)
+    text, does = str(error), again(Path(recipe.out))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return _memory(recipe.training, processes)
+        return f"{_memory(recipe.training, processes)}: the run {does}"
     if isinstance(error, OSError) and error.errno in _STORAGE:
-        return f"{error.filename or recipe.out}: {error.strerror}; put it right, and {RESUME}"
+        return f"{error.filename or recipe.out}: {error.strerror}; put it right, and the same command {does}"
     if "DataLoader" in text and "timed out" in text:
         return (
             f"no batch came within data.timeout = {recipe.data.timeout} s: is {recipe.data.source} still reachable? "
-            f"{RESUME.capitalize()}; raise data.timeout, or data.workers, for slow storage"
+            f"The same command {does}; raise data.timeout, or data.workers, for slow storage"
         )
     if "DataLoader worker (pid" in text:
         return (
             f"a process that reads images died ({text.splitlines()[0].rstrip('. ')}); killed for memory, perhaps: "
-            f"lower data.workers. {RESUME.capitalize()}"
+            f"lower data.workers. The same command {does}"
         )
     if processes.world_size > 1 and any(sign in text for sign in _PEER_GONE):
         return (
             f"process {processes.rank} of {processes.world_size}: another process of this run has ended, and its own "
-            f"message says why; {RESUME} (torchrun --max-restarts N does so by itself)"
+            f"message says why; the same command {does} (torchrun --max-restarts N does so by itself)"
         )
     return None
 
@@ -73,5 +83,5 @@ def _memory(training: TrainingSection, processes: Processes) -> str:
     advice = f"give {' or '.join(settings)}, or a smaller model" if settings else "give a smaller model"
     return (
         f"out of memory on {processes.device}{held} with {batch} images at once in each of {processes.world_size} "
-        f"processes; {advice}: the run goes on from its last checkpoint"
+        f"processes; {advice}"
     )

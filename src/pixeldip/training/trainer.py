@@ -184,7 +184,7 @@ def _loop(
                 diverged = watch.look()
                 if progress:
                     progress.divergence(diverged)
-                check_divergence(training, diverged)
+                check_divergence(training, run, diverged)
                 newly = {row: why for found in processes.everyones(stream.newly_broken()) for row, why in found.items()}
                 report_broken({row: why for row, why in newly.items() if row not in broken}, console)
                 broken |= newly
