@@ -112,6 +112,15 @@ def test_another_head_starts_anew(trained: DiPPipeline) -> None:
     assert all(name.startswith(("detailer.", "injection.")) for name in start.new)
 
 
+def test_another_depth(trained: DiPPipeline) -> None:
+    model, start = started(trained, depth=1)
+    assert torch.equal(model.backbone.blocks[0].mlp.up.weight, trained.model.backbone.blocks[0].mlp.up.weight)
+    assert (start.cut_off, start.new) == (["backbone.blocks.1"], [])
+    assert "cut off, for a smaller depth: backbone.blocks.1" in start.sentences()
+    _, start = started(trained, depth=3)
+    assert start.cut_off == [] and all(name.startswith("backbone.blocks.2.") for name in start.new)
+
+
 def test_a_run_goes_on_from_a_model(trained: DiPPipeline, tmp_path: Path, picture_folder: Path, capsys) -> None:
     recipe = recipe_from(tmp_path, picture_folder, data={"resolution": 24})
     (tmp_path / "run").mkdir()
@@ -203,6 +212,7 @@ def test_merging_leaves_the_original_alone(trained: DiPPipeline) -> None:
         ({"hidden_size": 64}, "nothing of its blocks fits .hidden_size 32 there, 64 here"),
         ({"pretrained": None, "lora_rank": 2}, "adapters need a trained model"),
         ({"lora_alpha": 2.0}, "there are no adapters without a rank"),
+        ({"lora_rank": 2, "depth": 3}, "only adapters would be trained, and backbone.blocks.2.*would stay as init"),
     ],
 )
 def test_refused(model: dict, message: str, trained: DiPPipeline, tmp_path: Path, picture_folder: Path) -> None:

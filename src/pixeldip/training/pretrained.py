@@ -49,6 +49,8 @@ class Start:
     new: list[str] = field(default_factory=list)
     classes_kept: list[str] = field(default_factory=list)
     classes_new: list[str] = field(default_factory=list)
+    cut_off: list[str] = field(default_factory=list)
+    """Blocks of the trained model that this one, of fewer, has no place for."""
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +60,8 @@ class Start:
         lines = [
             f"{len(self.kept)} tensors kept from {self.pretrained}, trained at {'x'.join(map(str, self.trained_at))}"
         ]
+        if self.cut_off:
+            lines.append(f"cut off, for a smaller depth: {some(self.cut_off)}")
         if self.resampled:
             lines.append(f"resampled to another patch size: {', '.join(self.resampled)}")
         if self.new:
@@ -135,7 +139,21 @@ def start_from(name: str, pretrained: DiPPipeline, model: DiP, class_names: Sequ
     if not any(key.startswith("backbone.blocks.") for key in start.kept):
         sizes = ", ".join(f"{key} {old[key]} there, {new[key]} here" for key in SIZES if old[key] != new[key])
         raise UserError(f"model.pretrained {name}: nothing of its blocks fits ({sizes}); leave the sizes out")
+    start.cut_off = [f"backbone.blocks.{i}" for i in range(new.depth, old.depth)]
     return start
+
+
+def check_adapted(start: Start) -> None:
+    """Refuses adapters beside parts that start anew: nothing would ever train those.
+
+    Raises:
+        UserError: naming them.
+    """
+    if start.new:
+        raise UserError(
+            f"model.lora_rank: only adapters would be trained, and {some(start.new)}, which the pretrained model does "
+            "not have, would stay as initialised; leave its sizes and head as they are, or train without adapters"
+        )
 
 
 def _copy_classes(

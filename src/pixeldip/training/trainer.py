@@ -46,7 +46,7 @@ from .preparation import (
     prepare_run_folder,
     seeded_initialisation,
 )
-from .pretrained import add_adapters, load_pretrained, network_config, read_start, start_from
+from .pretrained import add_adapters, check_adapted, load_pretrained, network_config, read_start, start_from
 from .preview import save_preview
 from .progress import Progress
 from .run_lock import only_run
@@ -105,6 +105,8 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     model = build_model(recipe.model, len(source.class_names), training.seed, trained)
     if pretrained:
         start = start_from(recipe.model.pretrained, pretrained, model, source.class_names)
+        if recipe.model.lora_rank:
+            check_adapted(start)
     if recipe.model.lora_rank:
         with seeded_initialisation(training.seed, 2):
             add_adapters(model, recipe.model, train_classes=bool(start.classes_new))
