@@ -143,6 +143,7 @@ def test_folder_without_classes(picture_folder: Path) -> None:
     [
         ({}, 12, 2, ()),
         ({"ant/0.png": ".hidden/0.png", "bee/0.png": "bee/__0.png"}, 11, 2, ()),
+        ({"ant/0.png": "ant/test.txt"}, 11, 2, ()),
         (
             {"ant/0.png": "cover.png"},
             *(12, 0),

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import glob
+import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +19,13 @@ from ..recipe import DataSection
 from ..run_folder import METRICS, RECIPE
 from ..terminal import printable, some
 
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of files and folders that tell their split."""
+_SPLIT_WORD = re.compile(rf"[-._ 0-9/\\]({'|'.join(itertools.chain(*SPLITS.values()))})[-._ 0-9/\\]")
 OTHER_PICTURES = {
     *(".avif", ".heic", ".heif", ".jxl", ".svg", ""),
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),
@@ -137,7 +146,7 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
 
     path = path.resolve()
     root = path / split if (path / split).is_dir() else path
-    linked, no_files, held = [], [], 0
+    linked, no_files, held, told = [], [], 0, False
     for folder, names in walk(path):
         inside = Path(folder).is_relative_to(root)
         if inside and {RECIPE, METRICS} <= set(names):
@@ -148,12 +157,13 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
         if os.path.islink(folder) and inside:
             linked.append(folder)
         for file in (os.path.join(folder, name) for name in names if is_image(name)):
+            told |= bool(_SPLIT_WORD.search(file[len(str(path)) :]))
             if os.path.isfile(file):
                 held += 1
             elif inside:
                 no_files.append(file)
     arguments: dict[str, Any] = {"data_dir": glob.escape(str(path))}
-    if linked and (root != path or split == "train"):
+    if root != path or (split == "train" and (linked or not told)):  # else `datasets` searches, for long, by names
         folders = dict.fromkeys([str(root), *linked])
         arguments = {"data_files": {split: [f"{glob.escape(folder)}/**" for folder in folders]}}
     builder = datasets.load_dataset_builder("imagefolder", **arguments)

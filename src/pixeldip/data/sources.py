@@ -20,17 +20,11 @@ from pyarrow import ArrowException, parquet
 from ..errors import UserError
 from ..recipe import DataSection
 from ..terminal import printable
-from .image_folder import OTHER_PICTURES, Pictures, image_folder, is_image, passed_over, walk
+from .image_folder import OTHER_PICTURES, SPLITS, Pictures, image_folder, is_image, passed_over, walk
 from .transforms import BrokenImage, decode
 
 BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""Words in the names of shards that tell their split."""
 _SHARD_NAMES = ("tar_path", "file")
 """Of the variables in which the builders of `datasets` hold the shard they are reading."""
 _LARGEST_FILE = 2**30
