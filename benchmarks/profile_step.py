@@ -7,6 +7,7 @@ computed ahead, and without graphs, into which the profiler does not see.
 """
 
 import argparse
+import functools
 import json
 import re
 import time
@@ -16,11 +17,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pixeldip.bench import model_to_time
-from pixeldip.bench.latency import noise_and_labels, replayed, sampling_contender
-from pixeldip.bench.timing import Ceilings, synchronise
+from pixeldip.bench.latency import TIME, noise_and_labels, sampling_contender
+from pixeldip.bench.timing import Ceilings, Step, synchronise
 from pixeldip.bench.training import TrainingStep
 from pixeldip.processes import Processes, choose_device, choose_precision
 from pixeldip.provenance import environment
+from pixeldip.replay import ReplayedNetwork
 
 KINDS = {  # the first pattern that a kernel's name matches
     "attention": r"flash|fmha|attention|sdpa",
@@ -46,41 +48,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.backends.cudnn.benchmark = asked.cudnn_benchmark
     device = choose_device(asked.device)
-    torch.manual_seed(0)
-    model, size = model_to_time(asked.model)
-    model.to(device)
-    if asked.triton:
-        model.enable_triton_kernels()
-    x, y = noise_and_labels(model, size, asked.batch, device)
-    model.compile_repeated_blocks(dynamic=False)
-    if asked.what == "training":
-        training = TrainingStep(model, choose_precision("auto", device))
-        step = lambda: training(x, y)  # noqa: E731
-    else:
-        called = replayed(model.eval().requires_grad_(False).type(torch.bfloat16))
-        called.graphs = False
-        step = sampling_contender(called, x, y).step
-    began = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    synchronise(device)
-    warm = time.perf_counter() - began
-    seconds = []
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        step()
-        synchronise(device)
-        seconds.append(time.perf_counter() - began)
-    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        for _ in range(STEPS):
-            step()
-        synchronise(device)
-    kernels = {}
-    for event in profiler.key_averages():
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        if own:
-            kernels[event.key] = {"milliseconds": own / 1e3 / STEPS, "calls": event.count / STEPS}
+    step = step_asked_for(asked, device)
+    warm_up, *seconds = (timed(step, device) for _ in range(1 + STEPS))
+    kernels = profiled(step, device)
     kinds = dict.fromkeys(KINDS, 0.0)
     for name, kernel in kernels.items():
         kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
@@ -89,7 +59,7 @@ def main() -> None:
     record = {
         "benchmark": f"profile of {asked.what}",
         **{name: value for name, value in vars(asked).items() if name not in ("what", "out", "device")},
-        "warm_up_seconds": warm,
+        "warm_up_seconds": STEPS * warm_up,
         "milliseconds": 1e3 * min(seconds),
         "images_per_second": asked.batch / min(seconds),
         "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
@@ -106,6 +76,42 @@ def main() -> None:
     print(line)
     if asked.out:
         asked.out.write_text(line + "\n", encoding="utf-8")
+
+
+def step_asked_for(asked: argparse.Namespace, device: torch.device) -> Step:
+    torch.manual_seed(0)
+    model, size = model_to_time(asked.model)
+    model.to(device)
+    if asked.triton:
+        model.enable_triton_kernels()
+    x, y = noise_and_labels(model, size, asked.batch, device)
+    model.compile_repeated_blocks(dynamic=False)
+    if asked.what == "training":
+        return functools.partial(TrainingStep(model, choose_precision("auto", device)), x, y)
+    half = model.eval().requires_grad_(False).type(torch.bfloat16)
+    return sampling_contender(ReplayedNetwork(half, graphs=False).begin([TIME]), x, y).step
+
+
+def timed(step: Step, device: torch.device) -> float:
+    """Seconds of a step, the mean of some."""
+    synchronise(device)
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    synchronise(device)
+    return (time.perf_counter() - began) / STEPS
+
+
+def profiled(step: Step, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds and calls in a step, by the name of a kernel, or on a CPU of an operation."""
+    with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as profiler:
+        timed(step, device)
+    kernels = {}
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        if own:
+            kernels[event.key] = {"milliseconds": own / 1e3 / STEPS, "calls": event.count / STEPS}
+    return kernels
 
 
 if __name__ == "__main__":
