@@ -33,7 +33,7 @@ from pixeldip.training import train
 
 from .conftest import saved_model, tiny_recipe
 
-PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
+PHONE, DESKTOP = {"width": 320, "height": 640}, {"width": 1280, "height": 900}
 ELSEWHERE: list[str] = []  # what pages asked of other machines
 PATIENCE = 60_000  # milliseconds; a busy machine answers late
 

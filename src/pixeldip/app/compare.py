@@ -35,7 +35,7 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
     sides, pictures = [], []
     with gr.Row():
         for name in "AB":
-            with gr.Column(min_width=300):
+            with gr.Column(min_width=280):
                 gr.Markdown(f"### {name}")
                 model = gr.Dropdown([], label=f"Model of {name}")
                 sides.append(_Side(model, solution_controls(limits)))

@@ -52,14 +52,14 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
     shown = gr.State([])
     chosen = gr.State(None)
     with gr.Row():
-        with gr.Column(scale=2, min_width=300):
+        with gr.Column(scale=2, min_width=280):
             model = gr.Dropdown([], label="Model", info="runs and saved models found here")
             subject = subject_controls(limits)
             solution = solution_controls(limits)
             with gr.Row():
                 start = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
                 stop = gr.Button("Stop", min_width=80)
-        with gr.Column(scale=3, min_width=300):
+        with gr.Column(scale=3, min_width=280):
             picture = pixel_image(show_label=False, elem_id="picture", alt_text="The images of this request")
             line = gr.Markdown("", elem_id="progress")
             with gr.Row():

@@ -22,14 +22,13 @@ THEME = gr.themes.Base(
     font=["system-ui", "sans-serif"],  # nothing is fetched from elsewhere
     font_mono=["ui-monospace", "monospace"],
 )
+# inside @media Gradio's own selectors reach the tabs' contents alone
 CSS = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important; }
-@media (max-width: 640px) {
-  .gradio-container main.app { padding: 12px !important; }
-  .tab-container button { padding: 8px 12px !important; }
-}
+.gradio-container .app { padding: clamp(12px, 3vw, 32px) !important; }
+@media (max-width: 640px) { .tab-container button { padding: 8px 8px !important; } }
 """
 
 
