@@ -139,8 +139,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Computes, on a CUDA device, the blocks' norms, modulation and rotary embedding by Triton kernels of our own,
         with their gradients, compiled or not.
 
-        They do what the plain code does to rounding, and move a half to a third of the bytes that inductor's kernels
-        take the time of. How much faster they are has not been measured, so they are not the default.
+        They do what the plain code does, up to rounding, in one pass over their inputs. How much time that saves has
+        not been measured, so they are not the default.
 
         Raises:
             UserError: if torch was built without CUDA, or there is no Triton.

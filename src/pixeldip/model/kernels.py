@@ -1,7 +1,7 @@
 """Triton kernels for CUDA devices, where inductor's own take several times as long as reading and writing does.
 
-Each is what the plain code in `layers` computes, in float32 inside, with its gradient. Why and how much faster:
-benchmarks/LOG.md. T = B N tokens, h heads, d channels of one, D hidden size.
+Each is what the plain code in `layers` computes, in float32 inside, with its gradient. benchmarks/LOG.md has the
+profile that they are for. B batch, N patches, h heads, d channels of one, D hidden size.
 """
 
 import torch
