@@ -2,12 +2,14 @@
 
 import errno
 import glob
+import hashlib
 import os
 import re
 import shlex
 import traceback
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -31,6 +33,7 @@ _LARGEST_FILE = 2**30
 """Bytes of an image file; 16-bit RGBA of the most pixels Pillow decodes has fewer."""
 _MOST_FOLDERS = 1_000_000
 """Folders that link to each other can be walked in endless ways."""
+_HASHED_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,21 @@ class Source:
             return decode(data), label, name
         except BrokenImage as error:
             raise BrokenImage(f"{name}: {error}") from error
+
+    def hashes(self) -> list[bytes]:
+        """SHA-256 of each row's file bytes; empty for those that cannot be read, which is said when they are wanted."""
+
+        def hash_of(index: int) -> bytes:
+            try:
+                return hashlib.sha256(self.read(index)[0]).digest()
+            except OSError:
+                return b""
+
+        found: list[bytes] = []
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(self), _HASHED_AT_ONCE):
+                found += pool.map(hash_of, range(start, min(start + _HASHED_AT_ONCE, len(self))))
+        return found
 
     def labels(self) -> np.ndarray | None:
         """The class ids of all rows, (n,), 0 for those without one; None for a source without classes."""

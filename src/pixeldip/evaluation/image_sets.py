@@ -1,6 +1,5 @@
 """Sets of images to measure: read in parts, by index, in an order that is always the same."""
 
-import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -107,11 +106,7 @@ class SourceImages:
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of the files' bytes, one after the other, read once."""
-        digest = hashlib.sha256()
-        for i in range(len(self)):
-            with contextlib.suppress(OSError):  # said when its pixels are wanted
-                digest.update(hashlib.sha256(self.source.read(i)[0]).digest())
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(self.source.hashes())).hexdigest()
 
 
 def open_images(

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ def contents(training: Source, held_out: Source, recipe: Recipe) -> dict[str, st
     Raises:
         UserError: if a held-out image is a training image, too.
     """
-    trained, held = _hashes(training), _hashes(held_out)
+    trained, held = training.hashes(), held_out.hashes()
     places = {hash_: i for i, hash_ in enumerate(trained) if hash_}
     if both := [i for i, hash_ in enumerate(held) if hash_ in places]:
         ours, theirs = held_out.read(both[0])[2], training.read(places[held[both[0]]])[2]
@@ -198,19 +197,6 @@ def contents(training: Source, held_out: Source, recipe: Recipe) -> dict[str, st
     found = {"training": _together(trained, training), "held_out": _together(held, held_out)}
     reference = Path(recipe.evaluation.reference)
     return found | ({"reference": f"sha256:{file_sha256(reference)}"} if reference.is_file() else {})
-
-
-def _hashes(images: Source) -> list[bytes]:
-    """Of each file's bytes; empty for those that cannot be read."""
-
-    def hash_of(index: int) -> bytes:
-        try:
-            return hashlib.sha256(images.read(index)[0]).digest()
-        except OSError:  # training and measuring pass over them
-            return b""
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(hash_of, range(len(images))))
 
 
 def _together(hashes: Sequence[bytes], images: Source) -> str:
