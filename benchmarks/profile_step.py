@@ -10,7 +10,6 @@ import argparse
 import functools
 import json
 import re
-import time
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pixeldip.bench import model_to_time
 from pixeldip.bench.latency import TIME, noise_and_labels, sampling_contender
-from pixeldip.bench.timing import Ceilings, Step, synchronise
+from pixeldip.bench.timing import Ceilings, Step, seconds_of
 from pixeldip.bench.training import TrainingStep
 from pixeldip.processes import Processes, choose_device, choose_precision
 from pixeldip.provenance import environment
@@ -49,7 +48,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = asked.cudnn_benchmark
     device = choose_device(asked.device)
     step = step_asked_for(asked, device)
-    warm_up, *seconds = (timed(step, device) for _ in range(1 + STEPS))
+    warm_up, *seconds = (seconds_of(step, STEPS, device) for _ in range(1 + STEPS))
     kernels = profiled(step, device)
     kinds = dict.fromkeys(KINDS, 0.0)
     for name, kernel in kernels.items():
@@ -92,20 +91,10 @@ def step_asked_for(asked: argparse.Namespace, device: torch.device) -> Step:
     return sampling_contender(ReplayedNetwork(half, graphs=False).begin([TIME]), x, y).step
 
 
-def timed(step: Step, device: torch.device) -> float:
-    """Seconds of a step, the mean of some."""
-    synchronise(device)
-    began = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    synchronise(device)
-    return (time.perf_counter() - began) / STEPS
-
-
 def profiled(step: Step, device: torch.device) -> dict[str, dict[str, float]]:
     """Milliseconds and calls in a step, by the name of a kernel, or on a CPU of an operation."""
     with profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]) as profiler:
-        timed(step, device)
+        seconds_of(step, STEPS, device)
     kernels = {}
     for event in profiler.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total

@@ -351,11 +351,10 @@ class ImageFolderWriter:
     def _list_images(self) -> None:
         rows = []
         for i, seed in enumerate(self.images.seeds):
-            if (self.out / _image_name(i)).is_file():
-                label = self.images.class_of(i)
-                row = {"file_name": _image_name(i), "seed": int(seed)} | (
-                    {} if label is None else {"label": str(label)}
-                )
+            name, label = _image_name(i), self.images.class_of(i)
+            if (self.out / name).is_file():
+                row = {"file_name": name, "seed": int(seed)}
+                row |= {} if label is None else {"label": str(label)}
                 rows.append(json.dumps(row) + "\n")
         write_text(self.out / "metadata.jsonl", "".join(rows))
 

@@ -168,9 +168,8 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         **SAMPLING,
     )
     running.success(show_gallery, None, [pictures, shown], **PLAIN)
-    running.failure(
-        lambda: NOT_COMPLETED, None, line, **PLAIN
-    )  # told once it has ended: its last view cannot come later
+    # told once it has ended: its last view cannot come later
+    running.failure(lambda: NOT_COMPLETED, None, line, **PLAIN)
     stop.click(None, None, None, cancels=running, **PLAIN)
     gr.on(
         [moment.input, what.input],

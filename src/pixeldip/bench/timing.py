@@ -46,16 +46,17 @@ def take_turns(
     for name, step in steps.items():
         for _ in range(WARM_UP):
             step()
-        wanted = math.ceil(LEAST_SECONDS / _seconds(step, 1, device)) if device.type == "cuda" else 1
+        wanted = math.ceil(LEAST_SECONDS / seconds_of(step, 1, device)) if device.type == "cuda" else 1
         repeats[name] = max(processes.everyones(wanted)) if processes else wanted
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            seconds[name].append(_seconds(step, repeats[name], device))
+            seconds[name].append(seconds_of(step, repeats[name], device))
     return seconds
 
 
-def _seconds(step: Step, repeats: int, device: torch.device) -> float:
+def seconds_of(step: Step, repeats: int, device: torch.device) -> float:
+    """Of a step, the mean of so many."""
     synchronise(device)
     began = time.perf_counter()
     for _ in range(repeats):

@@ -140,7 +140,7 @@ def _queries_keys_values_backward(
     return dqkv, dweights
 
 
-def _keep_for_queries(ctx, inputs, output) -> None:
+def _keep_inputs(ctx, inputs, output) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
@@ -154,7 +154,7 @@ def _gradient_of_queries(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tenso
     return dqkv, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), None, None, None
 
 
-_queries_keys_values.register_autograd(_gradient_of_queries, setup_context=_keep_for_queries)
+_queries_keys_values.register_autograd(_gradient_of_queries, setup_context=_keep_inputs)
 
 
 @triton_op("pixeldip::queries_keys", mutates_args={})
@@ -311,18 +311,13 @@ def _norm_modulated_backward(
     return dx, sums
 
 
-def _keep_for_norm(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
 def _gradient_of_norm(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, modulation, weight = ctx.saved_tensors
     dx, sums = _norm_modulated_backward(dout.contiguous(), x, modulation, weight, ctx.eps)
     return dx, *_gradients(sums, modulation, weight, -1), None
 
 
-_norm_modulated.register_autograd(_gradient_of_norm, setup_context=_keep_for_norm)
+_norm_modulated.register_autograd(_gradient_of_norm, setup_context=_keep_inputs)
 
 
 @triton_op("pixeldip::add_norm_modulate", mutates_args={})
