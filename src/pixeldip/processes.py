@@ -158,14 +158,19 @@ def exact_matmuls() -> Iterator[None]:
 
     TensorFloat-32 shifts the features of an evaluation by 1e-3.
     """
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32, matmul.allow_fp16_reduced_precision_reduction
-    matmul.allow_tf32 = matmul.allow_fp16_reduced_precision_reduction = False
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    parts = matmul, cudnn.conv  # torch's older switches cannot be read once somebody has used these
+    before = [part.fp32_precision for part in parts]
+    half_sums = matmul.allow_fp16_reduced_precision_reduction
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
+        for part in parts:
+            part.fp32_precision = "ieee"
+        matmul.allow_fp16_reduced_precision_reduction = False
+        yield
     finally:
-        matmul.allow_tf32, matmul.allow_fp16_reduced_precision_reduction = before
+        for part, precision in zip(parts, before):
+            part.fp32_precision = precision
+        matmul.allow_fp16_reduced_precision_reduction = half_sums
 
 
 _groups = itertools.count()  # of this process; all processes of a command open as many

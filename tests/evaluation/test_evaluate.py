@@ -22,7 +22,7 @@ from pixeldip.evaluation.extractors import load_extractor
 from pixeldip.evaluation.inception import Inception
 from pixeldip.evaluation.metrics import kernel_distance, precision_recall
 from pixeldip.evaluation.stream import measure
-from pixeldip.processes import Processes
+from pixeldip.processes import Processes, exact_matmuls
 from pixeldip.sampling import deal_classes
 
 from ..conftest import opened_up, saved_model
@@ -273,3 +273,17 @@ def test_class_sorted_samples_lower_the_inception_score(tmp_path: Path, seeded_w
         run(tmp_path, *arguments, "--is-order", order)["metrics"]["is"] for order in ("file", "shuffled")
     )
     assert by_file == pytest.approx(1, abs=1e-6) and shuffled > 1.02
+
+
+def test_products_are_exact_whatever_a_process_has_set() -> None:
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "tf32"
+        with exact_matmuls():
+            assert [part.fp32_precision for part in parts] == ["ieee", "ieee"]
+        assert [part.fp32_precision for part in parts] == ["tf32", "tf32"]
+    finally:
+        for part, precision in zip(parts, before):
+            part.fp32_precision = precision
