@@ -1,24 +1,30 @@
 """Many processes compute what one does, however the model lies on them. Real processes, over gloo."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
-from pixeldip import DiPPipeline, UserError
+from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
+from pixeldip.processes import Processes
 from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import newest_checkpoint, read_events, read_metrics
 from pixeldip.training import train
+from pixeldip.training.learner import Learner
 from pixeldip.training.preparation import check_recipe
 
-from .conftest import PATIENCE, QUIET, make_picture, saved_state, tiny_recipe
+from .conftest import PATIENCE, QUIET, TINY_MODEL, make_picture, saved_state, tiny_recipe
 
 STEPS = 8
 LAUNCHER, PIXELDIP = ["-m", "torch.distributed.run"], ["-m", "pixeldip.cli"]
@@ -144,6 +150,26 @@ def test_broken_images_are_counted_over_all_processes(tmp_path: Path) -> None:
     done = launch(recipe, tmp_path / "other", 2)
     assert done.returncode == 0, done.stderr
     assert all(done.stdout.count(f"{i:02}.png") == 1 for i in (3, 8))
+
+
+def test_compiled_blocks_stay_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def backend(graph: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph
+
+    compiling = functools.partialmethod(DiP.compile_repeated_blocks, backend=backend)
+    monkeypatch.setattr(DiP, "compile_repeated_blocks", compiling)
+    recipe = tiny_recipe(tmp_path / "run", tmp_path, training={"compile": True})
+    model = DiP(**{**TINY_MODEL, "hidden_size": 192, "depth": 1})  # larger than the first bucket, of 1 MiB
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        network = Learner(recipe, model, Processes(0, 2, torch.device("cpu")))._parallel
+        network(torch.randn(1, 3, 16, 16), torch.rand(1), torch.zeros(1, dtype=torch.long))
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == 1
 
 
 def test_a_signal_to_torchrun_saves(alone: Recipe, tmp_path: Path) -> None:
