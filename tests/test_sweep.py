@@ -76,7 +76,11 @@ def test_a_curve_is_of_one_setting() -> None:
 def test_without_classes_there_is_nothing_to_guide(tmp_path: Path, real: Path, capsys: pytest.CaptureFixture) -> None:
     DiPPipeline(opened_up(DiP(**TINY_MODEL, num_classes=0)), height=32, width=32).save_pretrained(tmp_path / "model")
     arguments = ["--reference", real, "--images", 4, "--evaluations", 1, "--metrics", "boundary"]
+    (real / "ant" / "8.heic").touch()
     assert sweep(tmp_path / "model", *arguments, "--out", tmp_path / "sweep") == 0
+    warning = f"{real}: files passed over, since they are not named as images that are read (1 .heic); make them PNG or"
+    assert f"\nwarning: {warning}" in capsys.readouterr().out
+    assert warning in (tmp_path / "sweep" / "report.md").read_text()
     assert [path.name for path in (tmp_path / "sweep" / "settings").glob("*.json")] == ["ab2-1-guidance1.json"]
     sample = ["sample", str(tmp_path / "model"), "--seeds", "0", "--steps", "1", "--out", str(tmp_path / "samples")]
     assert main([*sample, "--guidance", "3"]) == 2

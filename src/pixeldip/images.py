@@ -16,6 +16,8 @@ from .errors import UserError
 from .files import replacing
 
 NOTE = "pixeldip"  # the key of the PNG text chunk that says how a picture was made
+SETTINGS = "settings.json"  # beside sampled images, how they were made
+GRID = "grid.png"  # beside sampled images, the first of them in one picture
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from .data import NpzWriter
 from .errors import UserError
 from .files import replacing, write_json, write_text
 from .flow import LARGEST_SEED, Stream
-from .images import display_scale, grid, save_png, to_uint8
+from .images import GRID, SETTINGS, display_scale, grid, save_png, to_uint8
 from .pipeline import STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes
 from .provenance import made_by
@@ -30,7 +30,6 @@ from .terminal import PlainConsole, image_progress
 
 GRID_LIMIT = 256
 MOST_SEEDS = 10_000_000
-SETTINGS = "settings.json"
 
 
 def parse_seeds(text: str, most: int = MOST_SEEDS) -> list[int]:
@@ -267,7 +266,7 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
             sampled = processes.collected(processes.together(read))
             processes.together(lambda sampled=sampled: write(sampled))
     seconds = time.perf_counter() - began
-    shown = out if out.suffix == ".npz" else out / "grid.png"
+    shown = out if out.suffix == ".npz" else out / GRID
     console.print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")
 
 
@@ -362,7 +361,7 @@ class ImageFolderWriter:
         chosen = self.images.chosen
         in_turn = self.images.order_seed is None and 1 < len(chosen) <= 16
         across = min(len(self._first), len(chosen) if in_turn else 8)
-        with replacing(self.out / "grid.png") as partial:
+        with replacing(self.out / GRID) as partial:
             grid(self._first, across, scale=display_scale(self.images.width)).save(partial, "PNG")
 
 

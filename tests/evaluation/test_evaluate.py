@@ -184,6 +184,7 @@ def test_a_model_is_sampled_and_measured(model_folder: Path, tmp_path: Path) -> 
     assert by_folder["metrics"] == by_model["metrics"] and sorted(
         by_folder["samples"]["classes"]["counts"].values()
     ) == [6, 7, 7]
+    assert not any("grid.png" in warning for warning in by_folder["warnings"])
 
 
 def test_fewer_samples_than_classes_are_spread_over_them(model_folder: Path, tmp_path: Path) -> None:

@@ -153,3 +153,30 @@ def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:
     warnings = " | ".join(record["warnings"])
     for text in ("all pixels have the value 9", "labels left out: ", "images of 32x32, the samples are 16x16"):
         assert text in warnings, text
+
+
+def test_what_of_a_folder_is_not_measured_is_told_once(
+    tmp_path: Path, seeded_weights: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for i, pixels in enumerate(GOOD[:4]):
+            Image.fromarray(pixels).save(tmp_path / "real" / name / f"{i}.png")
+    real = tmp_path / "real"
+    (real / "ant" / "0.png").rename(real / "0.png")
+    (real / "bee" / "0.png").rename(real / "bee" / "0.heic")
+    passed = f"{real}: files passed over, since they are not named as images that are read (1 .heic); make them PNG or"
+    no_classes = f"{real}: no classes, since not all images lie as deep as ant/1.png: 0.png; move them for a class of"
+    record = run(tmp_path, real, "--reference", real, "--metrics", "boundary")
+    said = capsys.readouterr().out
+    for text in (f"{passed} JPEG", f"{no_classes} each folder"):
+        assert record["warnings"].count(text) == 1 == said.count(f"warning: {text}\n")
+    samples = save_npz(tmp_path / "samples.npz", GOOD)  # a reference needs no classes
+    warnings = run(tmp_path, samples, "--reference", real, "--metrics", "boundary")["warnings"]
+    assert f"{passed} JPEG" in warnings and not any("no classes" in warning for warning in warnings)
+    out = tmp_path / "reference.npz"
+    command = ["evaluate", "reference", str(real), "--out", str(out), "--inception-weights", str(seeded_weights)]
+    capsys.readouterr()
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert f"warning: {passed} JPEG\n" in said and "no classes" not in said

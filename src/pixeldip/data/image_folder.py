@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from ..errors import UserError
+from ..images import GRID, SETTINGS
 from ..recipe import DataSection
 from ..run_folder import METRICS, RECIPE
 from ..terminal import printable, some
@@ -31,6 +32,8 @@ OTHER_PICTURES = {
     *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"),
 }
 """Of files that may be pictures, and that `imagefolder` passes over."""
+
+WITHOUT_CLASSES = ", or say that none is wanted: --data.label-column none"
 
 
 def walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
@@ -91,6 +94,12 @@ class Pictures:
             depths.setdefault(file.count(os.sep), []).append(file)
         return depths
 
+    @property
+    def _grids(self) -> set[str]:
+        """Pictures of the samples that lie beside them, which no metadata file is expected to name."""
+        folders = map(os.path.dirname, self.metadata)
+        return {os.path.join(f, GRID) for f in folders if os.path.isfile(os.path.join(f, SETTINGS))}
+
     @functools.cached_property
     def _parents(self) -> set[str]:
         names = {os.path.basename(os.path.dirname(file)) for file in self.files}
@@ -110,7 +119,7 @@ class Pictures:
             )
         if self.metadata:
             named = pc.struct_field(rows.data.column(image_column), "path").to_pylist()
-            if left_out := sorted(set(self.files) - set(named)):
+            if left_out := sorted(set(self.files) - set(named) - self._grids):
                 names = self._short([self.metadata[0], *left_out])
                 yield (
                     f"{names[0]} names {len(self.files) - len(left_out)} of {len(self.files)} images, and the others "
@@ -121,7 +130,7 @@ class Pictures:
             names = self._short([most[0], *(file for files in rest for file in files)])
             yield (
                 f"no classes, since not all images lie as deep as {names[0]}: {some(names[1:])}; move them for a class "
-                "of each folder, or say that none is wanted: --data.label-column none"
+                f"of each folder{WITHOUT_CLASSES}"
             )
         if self.others:
             yield passed_over(self.others)

@@ -57,6 +57,7 @@ def reference_command(arguments: Any) -> None:
     """Args: arguments: the command line's `ReferenceArguments`."""
     with start_processes(arguments.device) as processes:
         console = PlainConsole(quiet=not processes.is_main)
+        told: list[str] = []
         processes.on_main(lambda: check_writable(arguments.out))
         if arguments.data.endswith(".npz"):
             if arguments.resolution or arguments.split != "train":
@@ -66,9 +67,10 @@ def reference_command(arguments: Any) -> None:
             images = file.images()
         else:
             size = (arguments.resolution, arguments.resolution) if arguments.resolution else None
-            images = open_images(arguments.data, arguments.split, size)
+            images = open_images(arguments.data, arguments.split, size, label_column="none")
+            told = images.warnings
         extractor = load_together("inception", processes, arguments.inception_weights)
-        for warning in extractor.warnings:
+        for warning in [*told, *extractor.warnings]:
             warn(console, warning)
         with image_progress(console) as start_pass:
             write_reference(

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from ..data import BrokenImage, Source, centre_crop, open_source
+from ..data.image_folder import WITHOUT_CLASSES
 from ..errors import UserError
 from ..recipe import DataSection
 
@@ -102,6 +103,11 @@ class SourceImages:
                 f"{self.height}x{self.width}: samples must all have one size"
             )
         return pixels
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the source tells, without the words of a recipe."""
+        return [text.removeprefix("data.source ").removesuffix(WITHOUT_CLASSES) for text in self.source.warnings]
 
     @cached_property
     def content_hash(self) -> str:

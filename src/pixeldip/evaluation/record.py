@@ -14,7 +14,8 @@ from rich.table import Table
 from ..data import NpzImages
 from ..errors import UserError
 from ..files import write_json
-from ..sampling import SETTINGS, SampledImages
+from ..images import SETTINGS
+from ..sampling import SampledImages
 from ..settings import EvaluationOptions
 from ..terminal import warn
 from .image_sets import ImageSet, SourceImages

@@ -155,7 +155,8 @@ def open_reference(
         UserError: if it cannot be read, is damaged, or holds neither images nor statistics.
     """
     if Path(name).suffix != ".npz":
-        return reference_of(open_images(name, split, size, options.allow_resolution_mismatch), role, processes)
+        images = open_images(name, split, size, options.allow_resolution_mismatch, label_column="none")
+        return reference_of(images, role, processes)
     file = NpzFile(name)
     if options.verify:
         processes.on_main(file.verify)

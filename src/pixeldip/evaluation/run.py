@@ -47,7 +47,8 @@ class Evaluator:
         options: what is measured, against what.
         height, width: of the samples.
         processes: of the command; all of them must make the same calls.
-        own_images: stand for the reference, and for the training images, where the options name none.
+        own_images: stand for the reference, and for the training images, where the options name none; what their
+            source warns of is told by who opened it.
 
     Raises:
         UserError: if a metric has no such name or cannot be had with this reference, weights are missing, or
@@ -113,6 +114,8 @@ class Evaluator:
             if not self.options.allow_resolution_mismatch:
                 raise UserError(f"{role} {name}: {found}; --allow-resolution-mismatch compares them all the same")
             self.warnings.append(f"{role} {name}: {found}")
+        if name and isinstance(images, SourceImages):
+            self.warnings += images.warnings
         return reference
 
     def _check_available(self) -> None:
@@ -314,32 +317,32 @@ def evaluate(
     """
     processes = processes or Processes(0, 1, choose_device("auto"))
     console = console or PlainConsole(quiet=not processes.is_main)
-    label_mistake = None
+    told: list[str] = []
     if isinstance(samples, str | Path):
         with console.status(escape(f"opening {printable(str(samples))}")):
-            samples, label_mistake = open_samples(str(samples), options, processes)
+            samples, told = open_samples(str(samples), options, processes)
     evaluator = Evaluator(options, samples.height, samples.width, processes, console)
-    if label_mistake:
-        evaluator.warnings.append(label_mistake)
+    evaluator.warnings = list(dict.fromkeys([*evaluator.warnings, *told]))  # one folder may be two of the sets
     evaluation = evaluator.evaluate(samples, writer)
     if processes.is_main:
         print_evaluation(evaluation, console)
     return evaluation
 
 
-def open_samples(name: str, options: EvaluationOptions, processes: Processes) -> tuple[ImageSet, str | None]:
-    """The images of a folder or `.npz`, and what is wrong with their labels, if anything."""
+def open_samples(name: str, options: EvaluationOptions, processes: Processes) -> tuple[ImageSet, list[str]]:
+    """The images of a folder or `.npz`, and what of them is not used: files, labels."""
     if Path(name).suffix != ".npz":
-        return open_images(name), None
+        images = open_images(name)
+        return images, images.warnings
     file = NpzFile(name)
-    images, mistake = file.images(), None
+    images, told = file.images(), []
     if options.verify:
         processes.on_main(file.verify)
     try:
         images.labels = file.labels(len(images))
     except UserError as error:
-        mistake = f"labels left out: {error}"
-    return images, mistake
+        told.append(f"labels left out: {error}")
+    return images, told
 
 
 def _known_metrics(names: tuple[str, ...]) -> list[str]:

@@ -19,7 +19,7 @@ from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline
-from ..terminal import PlainConsole
+from ..terminal import PlainConsole, warn
 from .folder import claim, write_result
 from .sweep_report import SHOWN, is_there, result_file, write_sweep_report
 from .sweep_settings import Setting, combinations
@@ -88,6 +88,9 @@ def sweep_command(arguments: Any) -> int:
         if evaluator:  # what is measured now stands beside what was: the same images must be behind both
             images = {"reference": evaluator.reference, "train_images": evaluator.training}
             facts |= {f"{name}_sha256": opened.sha256 for name, opened in images.items() if opened}
+            evaluator.warnings += real.warnings if real else []
+            for warning in evaluator.warnings:
+                warn(console, warning)
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))
         for number, setting in enumerate(missing, start=1):
             console.rule(f"{number} of {len(missing)}: {setting.in_words}", align="left")
