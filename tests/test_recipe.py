@@ -124,6 +124,21 @@ def test_yaml_numbers_come_out_as_numbers(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("optimizer: {lr: 3e-4}\ndata: {resolution: [64, 96]}\n")
     recipe = load_recipe(str(tmp_path / "r.yaml"))
     assert recipe.optimizer.lr == 3e-4 and recipe.data.resolution == (64, 96)
-    (tmp_path / "r.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="not valid YAML"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "while parsing a flow node"),
+        ("training:\n  steps: 5\n  seed: 1\n  steps: 7\n", "line 4: steps is given already in line 2; leave one out"),
+        (
+            "training: {seed: 1}\ndata: {flip: true}\ntraining: {steps: 7}\n",
+            "line 3: training is given already in line 1",
+        ),
+        ("data: {flip: true, flip: false}\n", "line 1: flip is given already in line 1"),
+    ],
+)
+def test_yaml_with_mistakes(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"r.yaml: not valid YAML: {message}"):
         load_recipe(str(tmp_path / "r.yaml"))

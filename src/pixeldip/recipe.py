@@ -267,6 +267,21 @@ def _keys_at(path: list[str]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice in one place, of which YAML takes the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                raise yaml.YAMLError(f"line {line}: {key.value} is given already in line {first}; leave one out")
+            lines[key.value] = line
+        return node
+
+
 def load_recipe(name: str) -> Recipe:
     """A recipe from a YAML file, or by name from those that come with the package.
 
@@ -285,7 +300,7 @@ def load_recipe(name: str) -> Recipe:
             raise UserError(f"{name!r} is neither a .yaml file nor one of the recipes {', '.join(known)}")
         file = packaged.joinpath(f"{name}.yaml")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, endless digits, endless brackets
