@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from pixeldip import UserError
 from pixeldip.bench.timing import count_flops
 from pixeldip.cli import main
 from pixeldip.data import class_count
@@ -169,6 +170,12 @@ def test_a_model_to_start_from(tmp_path: Path) -> None:
     recipe = parse_recipe({"model": {"pretrained": str(tmp_path / "run"), "lora_rank": 2}})
     (row,) = plan(recipe, PlanOptions((2,))).rows
     assert 0 < row.state["buckets"] < row.state["weights"] / 4
+    recipe.model.depth = TINY_MODEL["depth"] + 1
+    with pytest.raises(UserError, match=r"only adapters would be trained, and backbone.blocks.2\."):
+        plan(recipe, PlanOptions((2,)))
+    recipe.model.hidden_size = 64
+    with pytest.raises(UserError, match="nothing of its blocks fits"):
+        plan(recipe, PlanOptions((2,)))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +187,7 @@ def test_a_model_to_start_from(tmp_path: Path) -> None:
         (["--plan.utilisation", "1.5"], "--plan.utilisation: input should be"),
         (["--training.gradient-accumulation", "3"], "must be a multiple of 3"),
         (["--model.preset", "dip-s/15"], "no preset"),
+        (["--data.source", ".", "--out", "runs/first"], "out runs/first: lies in data.source ."),
         (["--model.pretrained", "owner/name"], "run folders and saved models of this machine only"),
     ],
 )

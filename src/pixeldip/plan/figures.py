@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from torch import nn
 from ..data import class_count
 from ..errors import UserError
 from ..model import DiP
+from ..pipeline import DiPPipeline
 from ..processes import precision_name
 from ..recipe import Recipe
 from ..run_folder import NETWORK, resolve_model
 from ..settings import PlanOptions
 from ..training.devices import DEVICES
-from ..training.preparation import check_recipe, model_config
-from ..training.pretrained import network_config
+from ..training.preparation import check_out, check_recipe, model_config
+from ..training.pretrained import check_adapted, network_config, start_from
 from .encoder import encoder_on_paper
 from .step import PaperStep, size_of
 
@@ -90,6 +91,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
         hint = f"perhaps {near[0]!r}" if near else f"there are {', '.join(DEVICES)}"
         raise UserError(f"no device {options.device!r}; {hint}")
     notes = []
+    check_out(recipe)
     trained = _trained_config(recipe)
     check_recipe(recipe, 1, trained)
     classes = class_count(recipe.data) if options.classes is None else options.classes
@@ -100,6 +102,8 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
     notes += [said] if said else []
     precision = torch.float32 if recipe.training.precision == "fp32" else torch.bfloat16
     config = model_config(recipe.model, classes, trained)
+    if trained:
+        _check_start(recipe, trained, config)
     step = PaperStep(recipe, config, precision, encoder)
     sharded = PaperStep(recipe, config, precision, encoder, sharded=True) if recipe.training.shard else None
     if precision == torch.float32:
@@ -130,6 +134,18 @@ def _trained_config(recipe: Recipe) -> dict[str, Any] | None:
             "give --model.preset, or the sizes, in its place"
         )
     return network_config(DiP.load_config(folder))
+
+
+def _check_start(recipe: Recipe, trained: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Starts from the trained model on paper, where nothing is copied.
+
+    Raises:
+        UserError: if the run could not.
+    """
+    with torch.device("meta"):
+        start = start_from(recipe.model.pretrained, DiPPipeline(DiP(**trained)), DiP(**config), class_names=())
+    if recipe.model.lora_rank:
+        check_adapted(start)
 
 
 def _parameters(step: PaperStep) -> dict[str, int]:
