@@ -315,6 +315,12 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
         ({"class_labels": [0], "time_shift": float("inf")}, "time_shift inf: give a finite number"),
         ({"class_labels": [0], "height": 0}, "an image of 0x16 pixels"),
         ({"class_labels": [0], "width": "64"}, "width '64': give a whole number"),
+        ({"class_labels": [0], "height": 8e8}, "height 800000000.0: give a whole number"),
+        (
+            {"class_labels": [0, 1], "height": 2**40},
+            "images of 1099511627776x16 .* noise alone of 2, 393216.0 GiB; ask",
+        ),
+        ({"class_labels": [0], "height": 2**63, "generator": torch.Generator()}, "no memory for the noise alone of 1,"),
         ({"class_labels": [0], "callback_on_step_end_tensor_inputs": [1]}, "1; there is only latents"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and those that stand for too little memory."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,10 @@ class UserError(ValueError):
     The command line prints its message alone and ends with status 2; a stack trace is
     kept for faults of ours.
     """
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the machine itself, lacks the memory for a tensor."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

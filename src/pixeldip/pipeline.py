@@ -345,7 +345,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             trajectory_every: keep (t, x_t) at the start, after every so many steps, and at the end; 0: keep none.
 
         Raises:
-            UserError: if an argument is out of range.
+            UserError: if an argument is out of range, or there is no memory for the noise.
         """
         own = self.default_settings.pipeline_arguments()
         steps = own["num_inference_steps"] if num_inference_steps is None else num_inference_steps

@@ -1,5 +1,7 @@
 """Random numbers that belong to an image, not to a batch, a process or a device's global state."""
 
+import math
+import sys
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -7,6 +9,8 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from ..errors import UserError, is_out_of_memory
 
 LARGEST_SEED = 2**63 - 1
 
@@ -46,6 +50,9 @@ class SampleNoise:
     Attributes:
         start: the noise (B, C, H, W) sampling starts from.
         generators: for schedulers that draw fresh noise.
+
+    Raises:
+        UserError: if there is no memory for it.
     """
 
     def __init__(
@@ -60,11 +67,21 @@ class SampleNoise:
         self.count, self.shape, self.device = count, shape, device
         if self.seeds is None:
             self.generators = generator
-            self.start = self._normal()
         else:
             fresh = [fold_seed(seed, Stream.FRESH_NOISE) for seed in self.seeds]
             self.generators = [torch.Generator().manual_seed(seed) for seed in fresh]
-            self.start = seeded_normal(self.seeds, shape, device)
+        needed = torch.float32.itemsize * count * math.prod(shape)
+        try:
+            if needed > sys.maxsize:  # no tensor has so many bytes
+                raise MemoryError
+            self.start = self._normal() if self.seeds is None else seeded_normal(self.seeds, shape, device)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"images of {shape[1]}x{shape[2]} pixels (height x width): there is no memory for the noise alone of "
+                f"{count}, {needed / 2**30:.1f} GiB; ask for fewer or smaller ones"
+            ) from error
 
     def fresh(self, step: int) -> Tensor:
         """Noise (B, C, H, W) that a step adds."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, is_out_of_memory
 from ..processes import Processes
 from ..recipe import Recipe, TrainingSection
 from ..run_folder import newest_checkpoint
@@ -44,7 +44,7 @@ def explained(recipe: Recipe, processes: Processes) -> Iterator[None]:
 
 def _explanation(error: Exception, recipe: Recipe, processes: Processes) -> str | None:
     text, does = str(error), again(Path(recipe.out))
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    if is_out_of_memory(error):
         return f"{_memory(recipe.training, processes)}: the run {does}"
     if isinstance(error, OSError) and error.errno in _STORAGE:
         return f"{error.filename or recipe.out}: {error.strerror}; put it right, and the same command {does}"
