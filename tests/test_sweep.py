@@ -126,6 +126,12 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
         for words in ("guidance 1", "guidance 3", "guidance 8", "real images", "Lowest EfficientNet KD"):
             assert words in text
     assert text.count("data:image/png;base64,") == 3 and text.count("<svg") == 1
+    # a smaller report does not take the place of the larger one
+    report = (out / "report.html").read_bytes()
+    assert sweep(*arguments, "--guidance", 5, 3) == 2
+    lost = "ab2-2-guidance1, ab2-2-guidance8-from0to1"
+    assert f"report.html would lose {lost}: ask for these, too, or move" in capsys.readouterr().err
+    assert (out / "report.html").read_bytes() == report and len(list((out / "settings").glob("*.json"))) == 3
     make_picture(99, 32, 32).save(real / "ant" / "0.png")  # another image of the same name
     assert sweep(*arguments, "--guidance", 1, 3, 8) == 0  # nothing is measured
     assert sweep(*arguments, "--guidance", 5) == 2

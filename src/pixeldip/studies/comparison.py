@@ -102,7 +102,8 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
 
     def begin(_: Processes) -> None:  # not before mistakes have been told
         claim(options.out, facts)
-        check_report(options.out, [folder for _, _, folder in runs])
+        there = {path.parent.name for path in options.out.glob(f"runs/*/{RESULT}")}
+        check_report(options.out, there, {folder.name for _, _, folder in runs})
 
     alone_in(options.device, console, begin)
     began = time.perf_counter()

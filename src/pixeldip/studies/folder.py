@@ -1,7 +1,7 @@
 """A study's folder: what it says about itself, and files that are complete or not there."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,15 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
-def check_report(out: Path, runs: Sequence[Path]) -> None:
-    """Raises UserError if the report of these runs would replace one that may be of more."""
-    others = sorted(path.parent for path in out.glob(f"runs/*/{RESULT}") if path.parent not in runs)
+def check_report(out: Path, there: set[str], asked: set[str]) -> None:
+    """Raises UserError if the report of what is asked for would replace one that may be of more.
+
+    Args:
+        there, asked: names of what has its results in the folder, and of what the report will be of.
+    """
+    others = sorted(there - asked)
     if others and (out / REPORT).is_file():
-        names = some([path.name for path in others])
-        raise UserError(f"{out / REPORT} would lose {names}: ask for these, too, or move the report away")
+        raise UserError(f"{out / REPORT} would lose {some(others)}: ask for these, too, or move the report away")
 
 
 def alone_in(device: str, console: Console, work: Callable[[Processes], Any]) -> Any:

@@ -20,8 +20,8 @@ from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline
 from ..terminal import PlainConsole, warn
-from .folder import claim, write_result
-from .sweep_report import SHOWN, is_there, result_file, write_sweep_report
+from .folder import check_report, claim, write_result
+from .sweep_report import SHOWN, is_there, result_file, settings_there, write_sweep_report
 from .sweep_settings import Setting, combinations
 
 ASKED = (
@@ -92,6 +92,8 @@ def sweep_command(arguments: Any) -> int:
             for warning in evaluator.warnings:
                 warn(console, warning)
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))
+        asked_for = {setting.name for setting in settings}
+        processes.on_main(lambda: check_report(arguments.out, settings_there(arguments.out), asked_for))
         for number, setting in enumerate(missing, start=1):
             console.rule(f"{number} of {len(missing)}: {setting.in_words}", align="left")
             samples = SampledImages(

@@ -36,6 +36,11 @@ def is_there(out: Path, setting: Setting) -> bool:
     return path.is_file() and path.with_suffix(".png").is_file()
 
 
+def settings_there(out: Path) -> set[str]:
+    """Names of those that have their numbers."""
+    return {path.stem for path in out.glob("settings/*.json")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """A setting and what was measured of it."""
