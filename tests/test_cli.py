@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +16,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pixeldip import UserError
+from pixeldip import DiPPipeline, UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import from_uint8, grid, to_uint8
 from pixeldip.recipe import parse_recipe
 from pixeldip.sampling import SampledImages, parse_seeds
 from pixeldip.training import train
 
-from .conftest import largest_file, tiny_recipe
+from .conftest import largest_file, opened_up, tiny_recipe
 
 
 def test_help_needs_no_torch() -> None:
@@ -151,8 +152,10 @@ def test_sampling_onto_a_full_disk(out: str, model_folder: Path, tmp_path: Path,
 def test_a_folder_tells_of_the_images_in_it(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    command = ["sample", str(model_folder), "--seeds", "0-3", "--steps", "1", "--batch-size", "1"]
-    command += ["--out", str(tmp_path)]
+    model, out = tmp_path / "model", tmp_path / "samples"
+    shutil.copytree(model_folder, model)
+    command = ["sample", str(model), "--seeds", "0-3", "--steps", "1", "--batch-size", "1"]
+    command += ["--out", str(out)]
     read = SampledImages.read
 
     def stopped(images: SampledImages, start: int, *rest: object) -> np.ndarray:
@@ -161,15 +164,15 @@ def test_a_folder_tells_of_the_images_in_it(
         return read(images, start, *rest)
 
     def contents() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        return {path.name: path.read_bytes() for path in out.iterdir()}
 
     with monkeypatch.context() as patch:
         patch.setattr(SampledImages, "read", stopped)
         assert main(command) == 130
-    listed = [json.loads(line)["file_name"] for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    listed = [json.loads(line)["file_name"] for line in (out / "metadata.jsonl").read_text().splitlines()]
     assert listed == ["000000.png", "000001.png"]
     assert contents().keys() == {*listed, "metadata.jsonl", "settings.json"}
-    assert json.loads((tmp_path / "settings.json").read_text())["seeds"] == "0-3"
+    assert json.loads((out / "settings.json").read_text())["seeds"] == "0-3"
     assert main([*command, "--batch-size", "4"]) == 0
     whole = contents()
     assert whole.keys() == {"grid.png", "metadata.jsonl", "settings.json", *(f"00000{i}.png" for i in range(4))}
@@ -179,7 +182,13 @@ def test_a_folder_tells_of_the_images_in_it(
     assert main([*command, "--guidance", "2"]) == 2
     assert "holds images of guidance_scale 4.0, not 2.0; name another folder, or delete" in capsys.readouterr().err
     assert contents() == whole
-    (tmp_path / "settings.json").unlink()
+    trained_on = DiPPipeline.from_pretrained(model)
+    opened_up(trained_on.model)
+    trained_on.save_pretrained(model)
+    assert main(command) == 2
+    assert "holds images of weights_sha256 '" in capsys.readouterr().err
+    assert contents() == whole
+    (out / "settings.json").unlink()
     assert main(command) == 2 and "holds images and no settings.json" in capsys.readouterr().err
 
 

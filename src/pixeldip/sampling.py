@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import re
 import reprlib
@@ -22,6 +24,7 @@ from .errors import UserError
 from .files import replacing, write_json, write_text
 from .flow import LARGEST_SEED, Stream
 from .images import GRID, SETTINGS, display_scale, grid, save_png, to_uint8
+from .model import DiP
 from .pipeline import STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes
 from .provenance import made_by
@@ -83,6 +86,15 @@ def load_pipeline(
         pipeline.enable_precomputed_modulation()
     pipeline.set_progress_bar_config(disable=True)  # commands show their own
     return pipeline
+
+
+def weights_sha256(model: DiP) -> str:
+    """What tells a model from the same one trained further, or computed with in another precision."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype}".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def deal_classes(classes: Sequence[int], count: int, order_seed: int | None) -> list[int]:
@@ -299,9 +311,14 @@ class ImageFolderWriter:
 
     def __init__(self, images: SampledImages, out: Path):
         self.images, self.out = images, out
-        self._made_with = json.loads(json.dumps(images.made_with()))  # as it is read again
         self._count = 0
         self._first: list[Image.Image] = []
+
+    @functools.cached_property
+    def _made_with(self) -> dict[str, Any]:
+        """As it is read again, with what tells that a model was trained further, or replaced, since."""
+        weights = weights_sha256(self.images.pipeline.model)
+        return json.loads(json.dumps({**self.images.made_with(), "weights_sha256": weights}))
 
     def __enter__(self) -> "ImageFolderWriter":
         try:

@@ -1,24 +1,21 @@
 """How a model is best sampled: every combination of some settings, measured on the same seeds and classes."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..errors import UserError
 from ..evaluation import Evaluator
 from ..evaluation.image_sets import SourceImages, open_images
 from ..images import grid
-from ..model import DiP
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
-from ..sampling import SampledImages, deal_classes, load_pipeline
+from ..sampling import SampledImages, deal_classes, load_pipeline, weights_sha256
 from ..terminal import PlainConsole, warn
 from .folder import check_report, claim, write_result
 from .sweep_report import SHOWN, is_there, result_file, settings_there, write_sweep_report
@@ -112,15 +109,6 @@ def sweep_command(arguments: Any) -> int:
             console.print(f"done; open {page}", highlight=False, soft_wrap=True)
         processes.barrier()
     return 0
-
-
-def weights_sha256(model: DiP) -> str:
-    """What tells a model from the same one trained further, or computed with in another precision."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype}".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def reference_images(arguments: Any, size: tuple[int, int]) -> SourceImages | None:
