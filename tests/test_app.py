@@ -78,10 +78,11 @@ def test_watching_changes_no_image(pipeline: DiPPipeline, steps: int, solver: st
     assert last.path[-1].heading.tobytes() == last.path[-1].noisy.tobytes()
 
 
-def test_where_the_path_is_heading(pipeline: DiPPipeline) -> None:
-    """One Euler step from noise heads for x_0 + v, which is where a single step ends."""
+@pytest.mark.parametrize("solver", ["euler", "ab2", "ancestral"])
+def test_where_the_path_is_heading(pipeline: DiPPipeline, solver: str) -> None:
+    """The first step from noise heads for x_0 + v, which is where a single step ends."""
     one = list(watch(images_of(pipeline, 1)))[-1].path[-1].noisy
-    path = list(watch(images_of(pipeline, 2)))[-1].path
+    path = list(watch(images_of(pipeline, 2, solver)))[-1].path
     guided = path[1]  # at t = 0.5, after a step that began at t = 0, where nothing is guided
     assert guided.t == 0.5 and np.abs(np.asarray(guided.heading).astype(int) - np.asarray(one)).max() <= 1
 

@@ -179,6 +179,19 @@ def test_callback_sees_changes_and_stops(pipeline: DiPPipeline, solver: str | No
     assert len(pipeline("ant", **settings).images) == 1  # and the next call is not interrupted
 
 
+@pytest.mark.parametrize("solver", [*SOLVERS, None])
+def test_callbacks_see_the_predicted_image(pipeline: DiPPipeline, solver: str | None) -> None:
+    """The first evaluation, from noise, heads for what a single step ends in."""
+    seen = []
+    settings = {
+        "solver": solver,
+        "output_type": "latent",
+        "callback_on_step_end_tensor_inputs": ["pred_original_sample"],
+    }
+    end = pipeline("ant", num_inference_steps=1, callback_on_step_end=lambda *news: seen.append(news[3]), **settings)
+    torch.testing.assert_close(seen, [{"pred_original_sample": end.images}])
+
+
 def test_callback_objects_of_diffusers(pipeline: DiPPipeline) -> None:
     class Darker(PipelineCallback):
         tensor_inputs = ["latents"]
@@ -296,7 +309,7 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
         ({"class_labels": [1.5]}, "no class named 1.5"),
         ({"class_labels": [3]}, "classes 0 to 2"),
         ({"class_labels": [0], "height": 20}, "multiples of 8"),
-        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt; there is only latents"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt; there are latents and pred"),
         ({"class_labels": [0], "num_inference_steps": 0}, "at least one step"),
         ({"class_labels": [0], "num_inference_steps": 2.5}, "a whole number"),
         ({"class_labels": []}, "no image is asked for"),
@@ -321,7 +334,7 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
             "images of 1099511627776x16 .* noise alone of 2, 393216.0 GiB; ask",
         ),
         ({"class_labels": [0], "height": 2**63, "generator": torch.Generator()}, "no memory for the noise alone of 1,"),
-        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": [1]}, "1; there is only latents"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": [1]}, "1; there are latents and pred"),
     ],
 )
 def test_arguments_out_of_range(pipeline: DiPPipeline, arguments: dict, message: str) -> None:

@@ -57,6 +57,7 @@ class DiPPipelineOutput(BaseOutput):
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STATE = "latents"  # what diffusers' callbacks call the state x_t, though nothing is latent here
+PREDICTED = "pred_original_sample"  # what diffusers' schedulers call the image that a prediction leads to
 OnStepEnd = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
 _UPLOAD = ("private", "token", "commit_message", "create_pr")
@@ -92,7 +93,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     model_cpu_offload_seq = "model"
     _optional_components = ["scheduler"]
     _lora_loadable_modules = ["model"]
-    _callback_tensor_inputs = [STATE]
+    _callback_tensor_inputs = [STATE, PREDICTED]
 
     def __init__(
         self,
@@ -341,7 +342,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             callback_on_step_end: called as f(pipeline, step, t, tensors) after each step, from 0, with the time
                 it reached; tensors["latents"] is the state x_t (B, C, H, W). What it returns under that name
                 replaces the state. Setting `pipeline._interrupt = True` stops after the step.
-            callback_on_step_end_tensor_inputs: what is put into `tensors`: "latents", or nothing.
+            callback_on_step_end_tensor_inputs: what is put into `tensors`: "latents"; and "pred_original_sample", the
+                image (B, C, H, W) that the step's last evaluation of the network was heading for, x + (1 - t) v.
             trajectory_every: keep (t, x_t) at the start, after every so many steps, and at the end; 0: keep none.
 
         Raises:
@@ -366,8 +368,10 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             raise UserError(f"output_type {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := [name for name in callback_on_step_end_tensor_inputs or () if name != STATE]:
-            raise UserError(f"callback_on_step_end_tensor_inputs: {unknown[0]}; there is only {STATE}")
+        wanted = callback_on_step_end_tensor_inputs or ()
+        if unknown := [name for name in wanted if name not in self._callback_tensor_inputs]:
+            there = " and ".join(self._callback_tensor_inputs)
+            raise UserError(f"callback_on_step_end_tensor_inputs: {unknown[0]}; there are {there}")
         shape = (model.config.in_channels, height, width)
         random = SampleNoise(seeds, generator, len(labels), shape, device)
         null_class = model.config.num_classes
@@ -387,12 +391,19 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(times) - 1, False
         x = start_state(random.start, times)
         trajectory = [(times[0], x.cpu())] if trajectory_every else []
+        predicted = x
+
+        def predicting(x: Tensor, t: float, step_start: float) -> Tensor:
+            nonlocal predicted
+            v = velocity(x, t, step_start)
+            predicted = x + (1 - t) * v
+            return v
 
         with self.progress_bar(total=self._num_timesteps) as bar:
 
             def on_step(step: int, t: float, x: Tensor) -> Tensor:
                 if callback_on_step_end:
-                    tensors = {name: x for name in callback_on_step_end_tensor_inputs or ()}
+                    tensors = {name: predicted if name == PREDICTED else x for name in wanted}
                     x = (callback_on_step_end(self, step, t, tensors) or {}).get(STATE, x)
                 bar.update()
                 last = step == len(times) - 2
@@ -403,7 +414,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 return x
 
             try:
-                x = solve(velocity, x, times, on_step)
+                x = solve(predicting if callback_on_step_end and PREDICTED in wanted else velocity, x, times, on_step)
             except _Interrupted as stopped:
                 x = stopped.state
         self.maybe_free_model_hooks()

@@ -25,7 +25,7 @@ from .files import replacing, write_json, write_text
 from .flow import LARGEST_SEED, Stream
 from .images import GRID, SETTINGS, display_scale, grid, save_png, to_uint8
 from .model import DiP
-from .pipeline import STATE, DiPPipeline
+from .pipeline import PREDICTED, STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes
 from .provenance import made_by
 from .settings import SamplingFlags, SamplingSettings
@@ -33,6 +33,7 @@ from .terminal import PlainConsole, image_progress
 
 GRID_LIMIT = 256
 MOST_SEEDS = 10_000_000
+OnStep = Callable[[int, float, Tensor, Tensor], None]
 
 
 def parse_seeds(text: str, most: int = MOST_SEEDS) -> list[int]:
@@ -161,11 +162,12 @@ class SampledImages:
         names, label = self.pipeline.config.class_names, int(self.labels[index])
         return names[label] if names else label
 
-    def read(self, start: int, stop: int, on_step: Callable[[int, float, Tensor], None] | None = None) -> np.ndarray:
+    def read(self, start: int, stop: int, on_step: OnStep | None = None) -> np.ndarray:
         """Samples images start ... stop - 1: uint8 (n, H, W, 3).
 
         Args:
-            on_step: called after each step, from 0, with the time and the state (n, C, H, W) it reached.
+            on_step: called after each step, from 0, with the time and the state (n, C, H, W) it reached, and the image
+                that it was heading for.
 
         Raises:
             UserError: if the model puts out anything that is not a number.
@@ -178,7 +180,8 @@ class SampledImages:
                 height=self.height,
                 width=self.width,
                 output_type="latent",
-                callback_on_step_end=on_step and (lambda _, step, t, tensors: on_step(step, t, tensors[STATE])),
+                callback_on_step_end=on_step and (lambda _, step, t, tensors: on_step(step, t, *tensors.values())),
+                callback_on_step_end_tensor_inputs=(STATE, PREDICTED),
                 **self.settings.pipeline_arguments(),
             ).images
         broken = (~x.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..flow import is_stochastic, seeded_normal, start_state, time_grid
+from ..flow import seeded_normal, start_state, time_grid
 from ..images import display_scale, grid, to_pil
 from ..sampling import SampledImages
 from ..terminal import clock
@@ -68,8 +68,8 @@ def watch(images: SampledImages) -> Iterator[View]:
     results = []
     work = watched(lambda tell: results.append(images.read(0, len(images), lambda *step: tell(step))))
     with contextlib.closing(work) as stepping:
-        for step, t, x in stepping:
-            state.reached(t, x)
+        for step, t, x, predicted in stepping:
+            state.reached(t, x, predicted)
             done = step + 1
             keep = done % every == 0 or done == steps
             if keep:
@@ -112,7 +112,7 @@ class Pace:
 
 
 class _State:
-    """The state of a batch, and where it is heading: x_t + (1 - t) v, with v the mean velocity of the last step."""
+    """The state of a batch, and where it is heading: the image that the last step predicted, and at last the result."""
 
     def __init__(self, images: SampledImages):
         settings, config = images.settings, images.pipeline.model.config
@@ -120,12 +120,10 @@ class _State:
         self.t = times[0]
         self.x = start_state(seeded_normal(images.seeds, (config.in_channels, images.height, images.width)), times)
         self.heading = self.x
-        self.straight = not is_stochastic(settings.solver)  # fresh noise heads nowhere
 
-    def reached(self, t: float, x: Tensor) -> None:
-        x = x.float().cpu()
-        self.heading = x + (1 - t) * (x - self.x) / (t - self.t) if self.straight else x
-        self.t, self.x = t, x
+    def reached(self, t: float, x: Tensor, predicted: Tensor) -> None:
+        self.t, self.x = t, x.float().cpu()
+        self.heading = predicted.float().cpu() if t < 1 else self.x
 
     def moment(self) -> Moment:
         return Moment(self.t, sheet(self.x), sheet(self.heading))

@@ -64,12 +64,7 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
             line = gr.Markdown("", elem_id="progress")
             with gr.Row():
                 moment = gr.Slider(0, 1, 1, step=1, label="Path, noise to image", interactive=False)
-                what = gr.Radio(
-                    [HEADING, NOISY],
-                    value=HEADING,
-                    label="Show",
-                    info="with Ancestral, whose noise is fresh, x_t alone",
-                )
+                what = gr.Radio([HEADING, NOISY], value=HEADING, label="Show")
             gr.Markdown("### Gallery\nNewest first. Every PNG file says how it was made: choose one to read it.")
             pictures = gr.Gallery(
                 show_label=False,
