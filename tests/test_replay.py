@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from pixeldip import DiP, DiPPipeline, UserError, replay
@@ -142,13 +143,16 @@ def test_a_pipeline_keeps_no_modulation(stopped: bool, monkeypatch: pytest.Monke
     assert len(begun) == 1 and begun[0]() is None
 
 
-def test_threads_share_a_pipeline() -> None:
-    pipe = DiPPipeline(tiny(), height=16, width=16)
+@pytest.mark.parametrize("solver", ["euler", None])
+def test_threads_share_a_pipeline(solver: str | None) -> None:
+    """Each call has its own steps and states, those of a scheduler included."""
+    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    pipe = DiPPipeline(tiny(), scheduler, height=16, width=16)
     pipe.set_progress_bar_config(disable=True)
     pipe.enable_precomputed_modulation()
 
     def images(steps: int) -> Tensor:
-        return pipe([2, 0], num_inference_steps=steps, solver="euler", output_type="latent").images
+        return pipe([2, 0], num_inference_steps=steps, solver=solver, output_type="latent").images
 
     steps = [5, 6, 7, 8] * 6
     with ThreadPoolExecutor(4) as threads:

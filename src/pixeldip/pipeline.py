@@ -1,5 +1,6 @@
 """The diffusers pipeline: a trained `DiP`, its classes and its size, ready to sample."""
 
+import copy
 import difflib
 import functools
 import inspect
@@ -333,7 +334,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 batch around it.
             generator: in place of seeds, as elsewhere in diffusers: one for all images, or a list of one each.
             solver: euler, heun, ab2 (two-step Adams-Bashforth), ddim (another name of euler) or ancestral
-                (DDPM's, which adds fresh noise at every step).
+                (DDPM's, which adds fresh noise at every step). A scheduler is followed as a copy of it for each call.
             time_shift: above 1 takes more of the steps at noisy times.
             height, width: pixels, multiples of the patch size; by default the training size.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1]; or "latent", what the solver
@@ -378,8 +379,9 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         scale = guidance_scale if null_class else 1.0
         if solver is None:
             check_flow_scheduler(self.scheduler)
-            times = set_times(self.scheduler, steps, time_shift, model.objective, device)
-            solve = functools.partial(follow_scheduler, self.scheduler, generators=random.generators)
+            scheduler = copy.deepcopy(self.scheduler)  # a call's steps are its own, whoever shares the pipeline
+            times = set_times(scheduler, steps, time_shift, model.objective, device)
+            solve = functools.partial(follow_scheduler, scheduler, generators=random.generators)
         elif solver in SOLVERS:
             times = time_grid(steps, time_shift, model.objective)
             fresh = {"noise": random.fresh} if is_stochastic(solver) else {}
