@@ -24,7 +24,8 @@ from pixeldip.provenance import environment
 from pixeldip.replay import ReplayedNetwork
 
 KINDS = {  # the first pattern that a kernel's name matches
-    "attention": r"flash|fmha|attention|sdpa",
+    "norms, modulation, rotations": r"^_norm_modulate|^_queries_and_keys",
+    "attention": r"flash|fmha|attention|sdpa|cudnn::fusion",
     "convolutions": r"conv|wgrad|dgrad|fprop|implicit|nchw|nhwc|cudnn",
     "products": r"gemm|nvjet|cutlass|cublas|splitk|addmm|::mm|::bmm",
     "optimizer, average, norm of the gradient": r"multi_tensor|adam|foreach|lerp|norm_kernel",
@@ -42,7 +43,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN choose convolutions by their time")
-    parser.add_argument("--triton", action="store_true", help="with the Triton kernels")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.backends.cudnn.benchmark = asked.cudnn_benchmark
@@ -81,8 +81,6 @@ def step_asked_for(asked: argparse.Namespace, device: torch.device) -> Step:
     torch.manual_seed(0)
     model, size = model_to_time(asked.model)
     model.to(device)
-    if asked.triton:
-        model.enable_triton_kernels()
     x, y = noise_and_labels(model, size, asked.batch, device)
     model.compile_repeated_blocks(dynamic=False)
     if asked.what == "training":

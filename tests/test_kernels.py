@@ -1,11 +1,15 @@
-"""On a CUDA device a block computes by Triton kernels what its plain code does, gradients included."""
+"""Compiled for a CUDA device, a block and a head compute by other kernels what their plain code does, gradients
+included."""
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from pixeldip.model import layers
+from pixeldip.model.heads.unet import UNetHead
 from pixeldip.model.layers import Block, rope_2d
+from pixeldip.processes import exact_matmuls
 
 pytestmark = pytest.mark.skipif(layers.kernels is None or not torch.cuda.is_available(), reason="wants CUDA, Triton")
 
@@ -28,31 +32,42 @@ def results(block: Block, x: Tensor, c: Tensor, rope: tuple[Tensor, Tensor], gra
     return {"y": y.detach(), "x": x.grad, "c": c.grad, **gradients}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "rows", "columns", "width", "heads"), [(3, 5, 7, 72, 3), (2, 16, 16, 1152, 16)])
-def test_a_block_is_its_plain_code(
-    compiled: bool,
-    precision: torch.dtype,
-    batch: int,
-    rows: int,
-    columns: int,
-    width: int,
-    heads: int,
+def test_a_compiled_block_is_its_plain_code(
+    precision: torch.dtype, batch: int, rows: int, columns: int, width: int, heads: int
 ) -> None:
     block = opened(width, heads)
     x, grad = (torch.randn(batch, rows * columns, width, device="cuda") for _ in range(2))
     given = x, torch.randn(batch, width, device="cuda"), rope_2d(rows, columns, width // heads, x.device), grad
     plain, inferred = results(block, *given), block(*given[:3]).detach()
-    block.fused = block.attention.fused = True
-    if compiled:
-        torch.compiler.reset()
-        block.compile(dynamic=False)
+    torch.compiler.reset()
+    block.compile(dynamic=False)
     with torch.autocast("cuda", precision, enabled=precision != torch.float32):
-        fused = results(block, *(t.to(precision) if t is x else t for t in given))
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            compiled = results(block, *(t.to(precision) if t is x else t for t in given))
         with torch.no_grad():
             y = block(x.to(precision), *given[1:3])
+    names = {event.key for event in profiler.key_averages()}
+    assert {"_norm_modulate", "_norm_modulate_backward", "_queries_and_keys", "_queries_and_keys_backward"} <= names
     bound = 3e-4 if precision == torch.float32 else 0.03
     for name, wanted in plain.items():
-        assert (fused[name] - wanted).norm() < bound * wanted.norm(), name
+        assert (compiled[name] - wanted).norm() < bound * wanted.norm(), name
     assert (y - inferred).norm() < bound * inferred.norm()
+
+
+def test_a_compiled_head_is_its_plain_code() -> None:
+    head = UNetHead(3, 16, 64).cuda()
+    nn.init.normal_(head.out.weight)
+    patch, context = torch.randn(8, 3, 16, 16, device="cuda"), torch.randn(2, 8, 64, device="cuda")
+
+    def results() -> list[Tensor]:
+        y = head(patch, context)
+        return [y, *torch.autograd.grad(y.square().sum(), list(head.parameters()))]
+
+    with exact_matmuls():
+        plain = results()
+        torch.compiler.reset()
+        head.compile(dynamic=False)
+        for compiled, wanted in zip(results(), plain):
+            assert (compiled - wanted).norm() < 1e-4 * wanted.norm()

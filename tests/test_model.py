@@ -10,7 +10,7 @@ from torch import nn
 
 from pixeldip import DiP, UserError
 from pixeldip.model import HEADS, PLACEMENTS, PRESETS
-from pixeldip.model.heads.unet import UNetHead
+from pixeldip.model.heads.unet import UNetHead, convolved_as_product
 
 from .conftest import opened_up
 
@@ -186,6 +186,17 @@ def test_composed_convolutions_are_the_plain_ones(patch_size: int, depth: int | 
 
 
 KEPT_OF_8_PIXELS = {("down", 2), ("up", 0, 4), ("up", 1, 2), ("up", 2, 1)}
+
+
+def test_a_convolution_as_a_product_is_the_plain_one() -> None:
+    head = UNetHead(3, 8, 16, width=12).double()
+    for layer in head.down[0], head.down[1], head.out:  # 3 to 12, 12 to 24, 12 to 3
+        h = torch.randn(5, layer.in_channels, 8, 8, dtype=torch.float64).requires_grad_()
+        plain, product = layer(h), convolved_as_product(layer, h)
+        grad = torch.randn_like(plain)
+        torch.testing.assert_close(product, plain)
+        for got, wanted in zip(*(torch.autograd.grad(y, [h, *layer.parameters()], grad) for y in (product, plain))):
+            torch.testing.assert_close(got, wanted)
 
 
 def test_kept_kernels_follow_the_weights() -> None:

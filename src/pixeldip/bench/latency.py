@@ -122,9 +122,6 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, C
         if computes_in_int8(x.device):
             fast["ours, int8, compiled"] = integers = copy.deepcopy(half)
             integers.quantize_to_int8()
-        if x.device.type == "cuda":
-            fast["ours, bf16, Triton kernels, compiled"] = kernels = copy.deepcopy(half)
-            kernels.enable_triton_kernels()
         for network in fast.values():
             network.compile_repeated_blocks(dynamic=False)
         networks |= fast

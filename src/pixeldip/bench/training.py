@@ -36,7 +36,7 @@ def bench_training(
     """Forward and backward pass, AdamW and EMA of `batch` images, with all labels at hand.
 
     Args:
-        compiled: also with compiled blocks; on a CUDA device also by Triton kernels, and the plain code, too.
+        compiled: also with compiled blocks; on a CUDA device the plain code, too.
         heads: also each other head, and no head, in plain eager code.
 
     Returns:
@@ -107,10 +107,8 @@ def counted_apart(compiles: bool, device: torch.device) -> bool:
 def _contenders(
     model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: torch.dtype
 ) -> dict[str, Callable[[], Contender]]:
-    def ours(compiles: bool, kernels: bool = False) -> Contender:
+    def ours(compiles: bool) -> Contender:
         network = copy.deepcopy(model).to(x.device)
-        if kernels:
-            network.enable_triton_kernels()
         if compiles:
             network.compile_repeated_blocks(dynamic=False)
         counted = model if counted_apart(compiles, x.device) else None
@@ -137,8 +135,6 @@ def _contenders(
     makers["ours"] = functools.partial(ours, False)
     if compiled:
         makers["ours, compiled"] = functools.partial(ours, True)
-        if x.device.type == "cuda":
-            makers["ours, Triton kernels, compiled"] = functools.partial(ours, True, True)
     return makers
 
 

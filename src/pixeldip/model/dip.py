@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flow import OBJECTIVES, VelocityObjective
-from . import layers
 from .backbone import Backbone
 from .heads import HEADS
 from .heads.unet import UNetHead
 from .int8 import Int8Linear
-from .layers import Attention, Block
+from .layers import Block
 from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
 
@@ -134,22 +133,6 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, (Block, *heads)):
                 module.compile(*args, **kwargs)
-
-    def enable_triton_kernels(self) -> None:
-        """Computes, on a CUDA device, the blocks' norms, modulation and rotary embedding by Triton kernels of our own,
-        with their gradients, compiled or not.
-
-        They do what the plain code does, up to rounding, in one pass over their inputs. How much time that saves has
-        not been measured, so they are not the default.
-
-        Raises:
-            UserError: if torch was built without CUDA, or there is no Triton.
-        """
-        if layers.kernels is None:
-            raise UserError("Triton kernels: they want a build of torch with CUDA, and the package triton")
-        for module in self.modules():
-            if isinstance(module, (Attention, Block)):
-                module.fused = True
 
     @property
     def in_int8(self) -> bool:

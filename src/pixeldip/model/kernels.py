@@ -1,8 +1,11 @@
-"""Triton kernels for CUDA devices, where inductor's own take several times as long as reading and writing does.
+"""Triton kernels for code compiled for CUDA devices, where inductor's own take several times as long as reading and
+writing does.
 
-Each is what the plain code in `layers` computes, in float32 inside, with its gradient. benchmarks/LOG.md has the
-profile that they are for. B batch, N patches, h heads, d channels of one, D hidden size.
+Each is what the plain code in `layers` computes, in float32 inside, with its gradient, compiled anew for each shape.
+benchmarks/LOG.md has what they save. B batch, N patches, h heads, d channels of one, D hidden size.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-PROGRAMS = 1056
-"""Of a kernel that sums over tokens, each over its part of them: eight for each multiprocessor of an H100."""
-VALUES = 2048
-"""That a program holds of a tensor at a time, about."""
-ROTATION_WARPS, NORM_WARPS = 4, 8
+
+class Launch(NamedTuple):
+    """The fastest of those tried on an H200, with DiP-XL's sizes and 256 images."""
+
+    warps: int
+    programs: int = 0
+    """That share the tokens, about, each a part of them."""
+    values: int = 0
+    """That a program holds of a tensor at a time, about."""
+
+
+ROTATION, ROTATION_BACKWARD = Launch(4), Launch(4, 1056)
+NORM, NORM_BACKWARD = Launch(4, 2112, 2048), Launch(8, 1056, 4096)
 
 
 @triton.jit
@@ -99,19 +110,19 @@ def _queries_and_keys_backward(
     tl.store(dweights + (2 * program + 1) * size + channel, tl.sum(k_sum, 0), mask=within)
 
 
-def _head_shape(heads: int, size: int) -> dict[str, int]:
+def _head_shape(heads: int, size: int, launch: Launch) -> dict[str, int]:
     rows, width = triton.next_power_of_2(heads), triton.next_power_of_2(size)
-    return {"heads": heads, "size": size, "ROWS": rows, "WIDTH": width, "num_warps": ROTATION_WARPS}
+    return {"heads": heads, "size": size, "ROWS": rows, "WIDTH": width, "num_warps": launch.warps}
 
 
 @triton_op("pixeldip::queries_keys_values", mutates_args={})
 def _queries_keys_values(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, patches, _, heads, size = qkv.shape
+    batch, patches, _, heads, size = map(int, qkv.shape)
     q, k, v = (qkv.new_empty(batch, patches, heads, size) for _ in range(3))
     wrap_triton(_queries_and_keys)[(batch * patches,)](
-        qkv, q_weight, k_weight, cos, sin, q, k, v, patches, eps=eps, WITH_V=True, **_head_shape(heads, size)
+        qkv, q_weight, k_weight, cos, sin, q, k, v, patches, eps=eps, WITH_V=True, **_head_shape(heads, size, ROTATION)
     )
     return q, k, v
 
@@ -128,14 +139,14 @@ def _queries_keys_values_backward(
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    batch, patches, _, heads, size = qkv.shape
+    batch, patches, _, heads, size = map(int, qkv.shape)
     tokens = batch * patches
-    programs = min(tokens, PROGRAMS)
+    programs = min(tokens, ROTATION_BACKWARD.programs)
     dqkv = torch.empty_like(qkv)
     dweights = qkv.new_empty(programs, 2, size, dtype=torch.float32)
     wrap_triton(_queries_and_keys_backward)[(programs,)](
         dq, dk, dv, qkv, q_weight, k_weight, cos, sin, dqkv, dweights, tokens, patches, eps=eps,
-        **_head_shape(heads, size),
+        **_head_shape(heads, size, ROTATION_BACKWARD),
     )  # fmt: skip
     return dqkv, dweights
 
@@ -161,10 +172,10 @@ _queries_keys_values.register_autograd(_gradient_of_queries, setup_context=_keep
 def _queries_keys(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    batch, patches, _, heads, size = qkv.shape
+    batch, patches, _, heads, size = map(int, qkv.shape)
     q, k = (qkv.new_empty(batch, patches, heads, size) for _ in range(2))
     wrap_triton(_queries_and_keys)[(batch * patches,)](
-        qkv, q_weight, k_weight, cos, sin, q, k, q, patches, eps=eps, WITH_V=False, **_head_shape(heads, size)
+        qkv, q_weight, k_weight, cos, sin, q, k, q, patches, eps=eps, WITH_V=False, **_head_shape(heads, size, ROTATION)
     )
     return q, k
 
@@ -265,16 +276,16 @@ def _norm_modulate_backward(
     tl.store(target + 2 * size, scaled, mask=within)
 
 
-def _token_shape(x: Tensor) -> tuple[int, dict[str, int]]:
+def _token_shape(x: Tensor, launch: Launch) -> tuple[int, dict[str, int]]:
     """How many programs share a sample's tokens, and what else the kernels want to know of x (B, N, D)."""
-    batch, patches, size = x.shape
+    batch, patches, size = map(int, x.shape)
     width = triton.next_power_of_2(size)
-    rows = max(1, min(VALUES // width, triton.next_power_of_2(patches)))
-    part = rows * triton.cdiv(triton.cdiv(patches, max(1, PROGRAMS // batch)), rows)
+    rows = max(1, min(launch.values // width, triton.next_power_of_2(patches)))
+    part = rows * triton.cdiv(triton.cdiv(patches, max(1, launch.programs // batch)), rows)
     chunks = triton.cdiv(patches, part)
     return chunks, {
         "patches": patches, "chunks": chunks, "part": part, "size": size, "ROWS": rows, "WIDTH": width,
-        "num_warps": NORM_WARPS,
+        "num_warps": launch.warps,
     }  # fmt: skip
 
 
@@ -291,7 +302,7 @@ def _gradients(sums: Tensor, modulation: Tensor, weight: Tensor, first: int) -> 
 
 @triton_op("pixeldip::norm_modulate", mutates_args={})
 def _norm_modulated(x: Tensor, modulation: Tensor, weight: Tensor, eps: float) -> Tensor:
-    chunks, shape = _token_shape(x)
+    chunks, shape = _token_shape(x, NORM)
     out = torch.empty_like(x)
     wrap_triton(_norm_modulate)[(len(x) * chunks,)](
         x, x, modulation, weight, out, out, eps=eps, WITH_BRANCH=False, **shape
@@ -303,7 +314,7 @@ def _norm_modulated(x: Tensor, modulation: Tensor, weight: Tensor, eps: float) -
 def _norm_modulated_backward(
     dout: Tensor, x: Tensor, modulation: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    chunks, shape = _token_shape(x)
+    chunks, shape = _token_shape(x, NORM_BACKWARD)
     dx, sums = torch.empty_like(x), x.new_empty(len(x), chunks, 3, x.shape[-1], dtype=torch.float32)
     wrap_triton(_norm_modulate_backward)[(len(x) * chunks,)](
         dout, dout, x, x, modulation, weight, dx, dx, sums, eps=eps, WITH_BRANCH=False, **shape
@@ -324,7 +335,7 @@ _norm_modulated.register_autograd(_gradient_of_norm, setup_context=_keep_inputs)
 def _add_norm_modulated(
     x: Tensor, branch: Tensor, modulation: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    chunks, shape = _token_shape(x)
+    chunks, shape = _token_shape(x, NORM)
     moved, out = torch.empty_like(x), torch.empty_like(x)
     wrap_triton(_norm_modulate)[(len(x) * chunks,)](
         x, branch, modulation, weight, moved, out, eps=eps, WITH_BRANCH=True, **shape
@@ -336,7 +347,7 @@ def _add_norm_modulated(
 def _add_norm_modulated_backward(
     dmoved: Tensor, dout: Tensor, moved: Tensor, branch: Tensor, modulation: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    chunks, shape = _token_shape(moved)
+    chunks, shape = _token_shape(moved, NORM_BACKWARD)
     dx, dbranch = torch.empty_like(moved), torch.empty_like(branch)
     sums = moved.new_empty(len(moved), chunks, 3, moved.shape[-1], dtype=torch.float32)
     wrap_triton(_norm_modulate_backward)[(len(moved) * chunks,)](

@@ -22,6 +22,20 @@ TIME_MAX_PERIOD = 10.0
 FEW_TOKENS = 512
 
 
+def untouched(*modules: nn.Module) -> bool:
+    """Whether modules may be computed by their weights alone: adapters, hooks and offloading want to be called."""
+    return not any("forward" in m.__dict__ or m._forward_pre_hooks or m._forward_hooks for m in modules)
+
+
+def by_kernels(x: Tensor, *norms: nn.Module) -> bool:
+    """Whether code is compiled for a CUDA device, where `kernels` take the place of norms and what follows on them.
+
+    Not in eager code, which wants no Triton and no C compiler.
+    """
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and x.is_cuda and kernels is not None and untouched(*norms)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a weight, computed in float32 and returned in x's dtype."""
 
@@ -108,7 +122,6 @@ class Attention(nn.Module):
     """Self-attention with RMS-normalised queries and keys and 2-D rotary positions."""
 
     attend = staticmethod(attend)
-    fused = False  # by `kernels`, on a CUDA device
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -121,7 +134,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        if self.fused and x.is_cuda:
+        if by_kernels(x, self.q_norm, self.k_norm):
             q, k, v = kernels.queries_keys_values(qkv, self.q_norm.weight, self.k_norm.weight, rope, self.q_norm.eps)
         else:
             q, k, v = qkv.unbind(2)  # (B, N, h, d)
@@ -151,8 +164,6 @@ def swiglu_inner(hidden_size: int, mlp_ratio: float) -> int:
 class Block(nn.Module):
     """DiT block; `modulation` is one linear layer on the condition, in the backbone c = silu(t_emb + y_emb)."""
 
-    fused = False  # by `kernels`, on a CUDA device
-
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, condition_size: int | None = None):
         super().__init__()
         self.norm1 = RMSNorm(hidden_size)
@@ -166,7 +177,7 @@ class Block(nn.Module):
         if modulation is None:
             modulation = self.modulation(c)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        if self.fused and x.is_cuda:
+        if by_kernels(x, self.norm1, self.norm2):
             normed = kernels.norm_modulate(x, modulation, self.norm1.weight, self.norm1.eps)
             attended = self.attention(normed, rope)
             x, normed = kernels.add_norm_modulate(x, attended, modulation, self.norm2.weight, self.norm2.eps)

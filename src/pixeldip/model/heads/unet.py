@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..backbone import TimeContext
+from ..layers import untouched
 
 Kernels = tuple[Tensor, ...]
 """What convolutions are computed with in place of their weights: `compose` and `as_matrix` make them."""
 
 DEFAULT_WIDTH = 64
 MAX_DEFAULT_DEPTH = 4
+ALIGNED = 8
+"""Numbers whose multiples tensor cores take matrices of."""
 
 
 class Stage(NamedTuple):
@@ -105,14 +108,14 @@ class UNetHead(nn.Module):
         h = patch.contiguous(memory_format=torch.channels_last)
         skips = []
         for down, stage in zip(self.down, stages):
-            h = F.silu(down(h) if stage.down is None else _product(h, *stage.down))
+            h = F.silu(_convolved(down, h) if stage.down is None else _product(h, *stage.down))
             skips.append(h)
             h = F.max_pool2d(h, 2, ceil_mode=True)
         g = len(context) if context.dim() == 3 else 1
         h = F.silu(self._join(h, context, g))
         for i in reversed(range(len(self.up))):
             h = self._stage_up(i, h, skips[i], g, stages[i].up)
-        return self.out(h).view(*context.shape[:-1], *patch.shape[1:])
+        return _convolved(self.out, h).view(*context.shape[:-1], *patch.shape[1:])
 
     def _join(self, h: Tensor, context: Tensor, g: int) -> Tensor:
         """The bottleneck of h (M, w, side, side) and contexts (M, D) or (G, M, D) -> (G M, w, side, side)."""
@@ -175,14 +178,41 @@ def _laid_out(kernel: Tensor) -> Tensor:
 
 
 def _plain(*layers: nn.Module) -> bool:
-    """Whether layers may be computed by their weights alone: adapters, hooks and offloading want to be called."""
-    return all(
-        type(layer) in (nn.Conv2d, nn.ConvTranspose2d)
-        and "forward" not in layer.__dict__
-        and not layer._forward_pre_hooks
-        and not layer._forward_hooks
-        for layer in layers
-    )
+    """Whether layers may be computed by their weights alone, as convolutions."""
+    return untouched(*layers) and all(type(layer) in (nn.Conv2d, nn.ConvTranspose2d) for layer in layers)
+
+
+def _convolved(layer: nn.Conv2d, h: Tensor) -> Tensor:
+    """layer(h). Where code is compiled for a CUDA device, a product if its channels are few: a convolution of three
+    takes several times as long there (benchmarks/LOG.md)."""
+    few = min(layer.in_channels, layer.out_channels) < ALIGNED
+    pays = few and (layer.kernel_size == (1, 1) or not h.requires_grad)
+    if pays and torch.compiler.is_compiling() and h.is_cuda and _plain(layer):
+        return convolved_as_product(layer, h)
+    return layer(h)
+
+
+def convolved_as_product(layer: nn.Conv2d, h: Tensor) -> Tensor:
+    """layer(h), 1 x 1 or of padding 1, as one product of all that it sees of each pixel; zeros fill up what is no
+    multiple of eight.
+
+    Args:
+        h: (M, in, side, side).
+    """
+    if layer.kernel_size == (1, 1):
+        seen = h.permute(0, 2, 3, 1)
+    else:
+        seen = F.pad(h, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).permute(0, 2, 3, 4, 5, 1).flatten(3)
+    matrix = layer.weight.permute(0, 2, 3, 1).flatten(1)
+    more_in, more_out = -matrix.shape[1] % ALIGNED, -layer.out_channels % ALIGNED
+    matrix, bias = _filled_up(matrix, 0, more_in, 0, more_out), _filled_up(layer.bias, 0, more_out)
+    y = F.linear(_filled_up(seen, 0, more_in), matrix, bias)
+    return y[..., : layer.out_channels].contiguous().permute(0, 3, 1, 2)
+
+
+def _filled_up(x: Tensor, *zeros: int) -> Tensor:
+    """As `F.pad`, which copies x where there is nothing to add, too."""
+    return F.pad(x, zeros) if any(zeros) else x
 
 
 def as_matrix(kernel: Tensor) -> Tensor:
