@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
 
 ROTATION, ROTATION_BACKWARD = Launch(4), Launch(4, 1056)
-NORM, NORM_BACKWARD = Launch(4, 2112, 2048), Launch(8, 1056, 4096)
+NORM, NORM_BACKWARD = Launch(2, 4224, 2048), Launch(8, 1056, 4096)
 
 
 @triton.jit

@@ -30,9 +30,9 @@ def untouched(*modules: nn.Module) -> bool:
 def by_kernels(x: Tensor, *norms: nn.Module) -> bool:
     """Whether code is compiled for a CUDA device, where `kernels` take the place of norms and what follows on them.
 
-    Not in eager code, which wants no Triton and no C compiler.
+    Not in eager code, which wants no Triton and no C compiler, nor in what is exported.
     """
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiling = torch.compiler.is_dynamo_compiling()
     return compiling and x.is_cuda and kernels is not None and untouched(*norms)
 
 
