@@ -25,10 +25,10 @@ if [ "$device" = cpu ]; then
     measure scaling scaling --model dip-s/16 --height 128 --width 128 --batch 4 --processes 1 2 --rounds 7
 else
     measure training_xl training --model dip-xl/16 --batch 256 --rounds 5 --compile
-    measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --latent --heads
     measure latency_xl_batch64 latency --model dip-xl/16 --batch 64 --rounds 3 --compile
-    measure throughput_xl throughput --model dip-xl/16 --batches 1 4 16 64 128 --rounds 3 --compile
+    measure throughput_xl throughput --model dip-xl/16 --batches 1 16 128 --rounds 3 --compile
+    measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --latent
     measure training_heads_xl training --model dip-xl/16 --batch 64 --rounds 3 --heads
-    measure memory_xl memory --model dip-xl/16 --batches 1 16 64 --heads
+    measure memory_xl memory --model dip-xl/16 --batches 1 64
 fi
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

@@ -149,8 +149,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         weights rounded once for all, tokens as they come. The input of each MLP's last one has outliers: it is rotated.
 
         On a CPU with AVX512-VNNI faster than bf16 from DiP-B on, most so when compiled, and images are 2 to 5 dB
-        farther from float32's; on other CPUs it may be slower and wrong, and on GPUs it has not been tried. The weights
-        in floating point are let go of.
+        farther from float32's; on other CPUs it may be slower and wrong, on GPUs the product is slower. The weights in
+        floating point are let go of.
 
         Raises:
             UserError: if adapters are loaded, which such layers cannot take.
