@@ -56,6 +56,17 @@ def test_a_compiled_block_is_its_plain_code(
     assert (y - inferred).norm() < bound * inferred.norm()
 
 
+def test_a_compiled_block_in_bf16_is_its_plain_code() -> None:
+    block = opened(1152, 16)
+    x, c = torch.randn(2, 256, 1152, device="cuda"), torch.randn(2, 1152, device="cuda")
+    rope = rope_2d(16, 16, 72, x.device)
+    with torch.no_grad():
+        plain = block(x, c, rope)
+        torch.compiler.reset()
+        block.bfloat16().compile(dynamic=False)
+        assert (block(x.bfloat16(), c.bfloat16(), rope) - plain).norm() < 0.03 * plain.norm()
+
+
 def test_a_compiled_head_is_its_plain_code() -> None:
     head = UNetHead(3, 16, 64).cuda()
     nn.init.normal_(head.out.weight)
