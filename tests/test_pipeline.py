@@ -384,7 +384,7 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     peft = pytest.importorskip("peft")
     settings = {"class_labels": ["ant"], "num_inference_steps": 3, "output_type": "latent"}
     plain = pipeline(**settings).images
-    layers = ["qkv", "attention.out", "mlp.up"]
+    layers = ["qkv", "attention.out", "mlp.up", "down.0", "detailer.out"]
     pipeline.model.add_adapter(peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, init_lora_weights=False))
     adapted = pipeline(**settings).images
     assert (adapted - plain).abs().max() > 0.01
