@@ -11,6 +11,7 @@ from torch import nn
 from pixeldip import DiP, UserError
 from pixeldip.model import HEADS, PLACEMENTS, PRESETS
 from pixeldip.model.heads.unet import UNetHead, convolved_as_product
+from pixeldip.model.layers import RMSNorm, untouched
 
 from .conftest import opened_up
 
@@ -246,6 +247,14 @@ def test_a_compiled_head_keeps_its_kernels_and_learns() -> None:
     twin = copy.deepcopy(compiled)
     nn.init.zeros_(twin.out.weight)
     assert not twin(patch, context).any() and compiled(patch, context).any()
+
+
+def test_norms_that_kernels_may_replace() -> None:
+    """Not one of another kind, such as an adapter around the norm, or with a hook."""
+    ours, hooked = RMSNorm(8), RMSNorm(8)
+    hooked.register_forward_hook(lambda *_: None)
+    others = hooked, nn.LayerNorm(8), nn.Sequential(RMSNorm(8))
+    assert untouched([ours, ours], RMSNorm) and not any(untouched([ours, norm], RMSNorm) for norm in others)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ B batch, N patches in raster order, D hidden size, h heads, d = D / h.
 
 import importlib.util
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,13 @@ TIME_MAX_PERIOD = 10.0
 FEW_TOKENS = 512
 
 
-def untouched(*modules: nn.Module) -> bool:
-    """Whether modules may be computed by their weights alone: adapters, hooks and offloading want to be called."""
-    return not any("forward" in m.__dict__ or m._forward_pre_hooks or m._forward_hooks for m in modules)
+def untouched(modules: Sequence[nn.Module], *kinds: type[nn.Module]) -> bool:
+    """Whether modules are of these kinds and may be computed by their weights alone: adapters, hooks and offloading
+    want to be called."""
+    return all(
+        type(m) in kinds and "forward" not in m.__dict__ and not m._forward_pre_hooks and not m._forward_hooks
+        for m in modules
+    )
 
 
 def by_kernels(x: Tensor, *norms: nn.Module) -> bool:
@@ -33,7 +38,7 @@ def by_kernels(x: Tensor, *norms: nn.Module) -> bool:
     Not in eager code, which wants no Triton and no C compiler, nor in what is exported.
     """
     compiling = torch.compiler.is_dynamo_compiling()
-    return compiling and x.is_cuda and kernels is not None and untouched(*norms)
+    return compiling and x.is_cuda and kernels is not None and untouched(norms, RMSNorm)
 
 
 class RMSNorm(nn.Module):

@@ -179,7 +179,7 @@ def _laid_out(kernel: Tensor) -> Tensor:
 
 def _plain(*layers: nn.Module) -> bool:
     """Whether layers may be computed by their weights alone, as convolutions."""
-    return untouched(*layers) and all(type(layer) in (nn.Conv2d, nn.ConvTranspose2d) for layer in layers)
+    return untouched(layers, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def _convolved(layer: nn.Conv2d, h: Tensor) -> Tensor:
