@@ -306,7 +306,7 @@ class ImageFolderWriter:
 
     The folder also gets `settings.json`, `metadata.jsonl` (file, class and seed of each image that is there, as
     Hugging Face's imagefolder reads them) and, once all are there, `grid.png` of the first images. It takes images of
-    the same settings only, so that these tell of all of them, whatever ended the block.
+    the same settings and weights only, so that these tell of all of them, whatever ended the block.
 
     Raises:
         UserError: if nothing can be written there, or it holds images made otherwise.
