@@ -154,23 +154,24 @@ def _computes_in_bf16(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def exact_matmuls() -> Iterator[None]:
-    """No TensorFloat-32 and no float16 sums in here, which CUDA would otherwise be allowed.
+    """No TensorFloat-32, no float16 sums and no convolutions chosen by their time in here; CUDA may have been allowed
+    each.
 
     TensorFloat-32 shifts the features of an evaluation by 1e-3.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     parts = matmul, cudnn.conv  # torch's older switches cannot be read once somebody has used these
     before = [part.fp32_precision for part in parts]
-    half_sums = matmul.allow_fp16_reduced_precision_reduction
+    half_sums, by_time = matmul.allow_fp16_reduced_precision_reduction, cudnn.benchmark
     try:
         for part in parts:
             part.fp32_precision = "ieee"
-        matmul.allow_fp16_reduced_precision_reduction = False
+        matmul.allow_fp16_reduced_precision_reduction = cudnn.benchmark = False
         yield
     finally:
         for part, precision in zip(parts, before):
             part.fp32_precision = precision
-        matmul.allow_fp16_reduced_precision_reduction = half_sums
+        matmul.allow_fp16_reduced_precision_reduction, cudnn.benchmark = half_sums, by_time
 
 
 _groups = itertools.count()  # of this process; all processes of a command open as many

@@ -277,14 +277,17 @@ def test_class_sorted_samples_lower_the_inception_score(tmp_path: Path, seeded_w
 
 
 def test_products_are_exact_whatever_a_process_has_set() -> None:
-    parts = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [part.fp32_precision for part in parts]
+    cudnn = torch.backends.cudnn
+    parts = torch.backends.cuda.matmul, cudnn.conv
+    before, by_time = [part.fp32_precision for part in parts], cudnn.benchmark
     try:
+        cudnn.benchmark = True
         for part in parts:
             part.fp32_precision = "tf32"
         with exact_matmuls():
-            assert [part.fp32_precision for part in parts] == ["ieee", "ieee"]
-        assert [part.fp32_precision for part in parts] == ["tf32", "tf32"]
+            assert [part.fp32_precision for part in parts] == ["ieee", "ieee"] and not cudnn.benchmark
+        assert [part.fp32_precision for part in parts] == ["tf32", "tf32"] and cudnn.benchmark
     finally:
+        cudnn.benchmark = by_time
         for part, precision in zip(parts, before):
             part.fp32_precision = precision

@@ -35,7 +35,7 @@ def untouched(modules: Sequence[nn.Module], *kinds: type[nn.Module]) -> bool:
 def by_kernels(x: Tensor, *norms: nn.Module) -> bool:
     """Whether code is compiled for a CUDA device, where `kernels` take the place of norms and what follows on them.
 
-    Not in eager code, which wants no Triton and no C compiler, nor in what is exported.
+    Not in eager code, which wants no Triton and no C compiler.
     """
     compiling = torch.compiler.is_dynamo_compiling()
     return compiling and x.is_cuda and kernels is not None and untouched(norms, RMSNorm)

@@ -72,9 +72,9 @@ class Learner:
         network = self.network
         if self.recipe.training.compile:
             self.model.compile_repeated_blocks()
-            torch._dynamo.config.optimize_ddp = False  # which cuts blocks where DistributedDataParallel's buckets end
         if self.processes.world_size == 1 or is_sharded(self.network):
             return network
+        torch._dynamo.config.optimize_ddp = False  # which cuts compiled blocks where buckets of gradients end
         return DistributedDataParallel(network)
 
     @property

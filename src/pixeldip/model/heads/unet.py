@@ -185,7 +185,7 @@ def _plain(*layers: nn.Module) -> bool:
 def _convolved(layer: nn.Conv2d, h: Tensor) -> Tensor:
     """layer(h). Where code is compiled for a CUDA device, a product if its channels are few: a convolution of three
     takes several times as long there (benchmarks/LOG.md)."""
-    if torch.compiler.is_compiling() and h.is_cuda and _plain(layer):
+    if torch.compiler.is_dynamo_compiling() and h.is_cuda and _plain(layer):
         few = min(layer.in_channels, layer.out_channels) < ALIGNED
         if few and (layer.kernel_size == (1, 1) or not h.requires_grad):
             return convolved_as_product(layer, h)
