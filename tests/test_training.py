@@ -1,6 +1,7 @@
 """The run: what it learns, averages, measures, and says of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,24 @@ def test_a_run_among_its_own_images_is_refused(inside: str, tmp_path: Path, pict
     (tmp_path / "earlier").rename(picture_folder / "earlier")
     with pytest.raises(UserError, match=r"data.source .*/earlier is a run folder, whose samples are images, too"):
         train(tiny_recipe(tmp_path / "run", picture_folder), QUIET)
+
+
+def test_a_run_and_a_saved_model_share_no_folder(tmp_path: Path, picture_folder: Path, model_folder: Path) -> None:
+    """The saved model was what the folder's name stood for, whatever the run trained."""
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"steps": 1})
+    train(recipe, QUIET)
+    pipeline = DiPPipeline.from_pretrained(tmp_path / "run")
+    (checkpoint,) = checkpoints(tmp_path / "run")
+    for folder in (tmp_path / "run", checkpoint / "pipeline"):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UserError, match=f"{folder}: a run's folder, .* save to a folder of its own"):
+            pipeline.save_pretrained(folder)
+        assert sorted(folder.rglob("*")) == before
+    shutil.copytree(model_folder, tmp_path / "model")
+    recipe.out = str(tmp_path / "model")
+    with pytest.raises(UserError, match=f"out {recipe.out}: holds a saved model, .* choose another folder"):
+        train(recipe, QUIET)
+    assert not (tmp_path / "model" / "checkpoints").exists()
 
 
 def test_half_an_environment_of_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from .flow import (
 from .images import to_pil
 from .model import DiP, check_size
 from .replay import ReplayedNetwork, SolutionNetwork
-from .run_folder import resolve_model
+from .run_folder import belongs_to_a_run, resolve_model
 from .saved_model import check_saved_model
 from .settings import SamplingSettings
 from .sharing import check_license, forget_origin, upload, write_model_card
@@ -161,12 +161,17 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             model_card: False leaves the README.md out.
 
         Raises:
-            UserError: if a keyword is none of these or diffusers', the model cannot be saved so that it loads again, or
-                the card it keeps states its licence in words of its own.
+            UserError: if a keyword is none of these or diffusers', the folder is a run's, the model cannot be saved so
+                that it loads again, or the card it keeps states its licence in words of its own.
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", *_UPLOAD) if key in kwargs}
         if unknown := sorted(kwargs.keys() - inspect.signature(super().save_pretrained).parameters.keys()):
             raise UserError(f"save_pretrained: there is no keyword {unknown[0]!r}")
+        if belongs_to_a_run(Path(save_directory)):
+            raise UserError(
+                f"{save_directory}: a run's folder, where a saved model would be taken for what the run trains; save "
+                "to a folder of its own"
+            )
         if model_card:
             check_license(self._origin, license)
         super().save_pretrained(save_directory, **kwargs)

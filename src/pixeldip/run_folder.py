@@ -57,6 +57,11 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
+def belongs_to_a_run(folder: Path) -> bool:
+    """Whether it is a run's folder or its checkpoint's pipeline, where another saved model would take their place."""
+    return newest_checkpoint(folder) is not None or (folder.parent / CHECKSUMS).is_file()
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The logged steps of a run in order; steps that a resume went back behind count as it ran them again."""
     return _by_step(run, lambda entry: _are_numbers(entry.get("loss"), entry.get("images_per_second")))

@@ -23,6 +23,7 @@ from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint, read_metrics
+from ..saved_model import INDEX
 from .pretrained import Start
 from .schedule import learning_rate
 
@@ -40,7 +41,7 @@ _NO_SIZES = {"pretrained", "lora_rank", "lora_alpha"}
 
 
 def check_out(recipe: Recipe) -> None:
-    """Refuses a run folder among the images, before anything is written there.
+    """Refuses a run folder among the images, or where a saved model is, before anything is written there.
 
     Raises:
         UserError: in one sentence.
@@ -50,6 +51,11 @@ def check_out(recipe: Recipe) -> None:
         raise UserError(
             f"out {recipe.out}: lies in data.source {recipe.data.source}, and the run's samples would be trained on; "
             "choose a folder outside of it with --out, or move the images to one of their own"
+        )
+    if (Path(recipe.out) / INDEX).is_file():
+        raise UserError(
+            f"out {recipe.out}: holds a saved model, which would be taken for what the run trains; choose another "
+            "folder with --out"
         )
 
 
