@@ -74,6 +74,13 @@ def test_output_types(pipeline: DiPPipeline) -> None:
     assert len(images) == 1 and trajectory is None
 
 
+def test_pictures_of_values_that_are_not_finite_are_told(pipeline: DiPPipeline) -> None:
+    with torch.no_grad():
+        pipeline.model.backbone.class_embed.weight[1] = torch.nan
+    with pytest.warns(UserWarning, match=r"1 of 2 images hold values that are not finite, .* another checkpoint"):
+        assert len(pipeline(["ant", "bee"], num_inference_steps=1).images) == 2
+
+
 @pytest.mark.parametrize("prediction", OBJECTIVES)
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_default_scheduler_is_the_native_euler(prediction: str, shift: float) -> None:

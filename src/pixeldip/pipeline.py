@@ -9,6 +9,7 @@ import operator
 import os
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -562,6 +563,12 @@ def _check_peft() -> None:
 
 def _put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
     if output_type == "pil":
+        if broken := int((~x.isfinite().flatten(1).all(1)).sum()):
+            warnings.warn(
+                f"{broken} of {len(x)} images hold values that are not finite, drawn in black: let the model compute "
+                "in float32, guide less, or take another checkpoint",
+                stacklevel=4,  # the caller of the pipeline, past torch.no_grad
+            )
         return to_pil(x)
     if output_type == "latent":
         return x
