@@ -61,6 +61,20 @@ def test_classes_by_name_and_by_id(pipeline: DiPPipeline) -> None:
     assert pipeline("ant", num_inference_steps=2, height=24, width=8).images[0].size == (8, 24)
 
 
+@pytest.mark.parametrize(
+    ("names", "classes", "there"),
+    [
+        ([], 0, "it was trained without classes"),
+        ([], 3, "it has classes 0 to 2"),
+        ([f"c{i}" for i in range(1000)], 1000, "it has c0, c1, .* c39 and 960 more"),
+    ],
+)
+def test_a_class_that_is_not_there(names: list[str], classes: int, there: str) -> None:
+    model = DiP(**TINY_MODEL, num_classes=classes)
+    with pytest.raises(UserError, match=f"no class named 'zebra'; {there}$"):
+        DiPPipeline(model, class_names=names).class_id("zebra")
+
+
 def test_output_types(pipeline: DiPPipeline) -> None:
     state, tensor, array, pictures = (
         pipeline(["ant", "cow"], num_inference_steps=3, height=8, width=16, output_type=kind).images

@@ -46,7 +46,7 @@ from .run_folder import belongs_to_a_run, resolve_model
 from .saved_model import check_saved_model
 from .settings import SamplingSettings
 from .sharing import check_license, forget_origin, upload, write_model_card
-from .terminal import quieted
+from .terminal import quieted, some
 
 
 @dataclass
@@ -272,18 +272,16 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             UserError: if there is no such class.
         """
         num_classes, names = self.model.config.num_classes, self.config.class_names
+        have = f"it has classes 0 to {num_classes - 1}" if num_classes else "it was trained without classes"
         if isinstance(label, str) and label in names:
             return names.index(label)
         try:
             index = int(label) if isinstance(label, str) else operator.index(label)
         except (ValueError, TypeError):
             near = difflib.get_close_matches(str(label), names, n=3, cutoff=0.4)
-            hint = (
-                f"; perhaps {' or '.join(map(repr, near))}" if near else f"; it has {', '.join(names)}" if names else ""
-            )
-            raise UserError(f"the model has no class named {label!r}{hint}") from None
+            hint = f"perhaps {' or '.join(map(repr, near))}" if near else f"it has {some(names, 40)}" if names else have
+            raise UserError(f"the model has no class named {label!r}; {hint}") from None
         if not 0 <= index < num_classes:
-            have = f"it has classes 0 to {num_classes - 1}" if num_classes else "it was trained without classes"
             raise UserError(f"class {index} is out of range: {have}")
         return index
 
