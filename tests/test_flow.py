@@ -51,13 +51,18 @@ def test_convergence_order(solver: str, order: int, shift: float) -> None:
     assert abs(measured - order) < 0.15
 
 
-@pytest.mark.parametrize(("solver", "count"), [(name, 13 if name == "heun" else 7) for name in SOLVERS])
-def test_evaluations_are_counted_right(solver: str, count: int) -> None:
+OURS = ("euler", "heun", "ab2", "ddim", "ancestral")
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_evaluations_are_counted_right(solver: str) -> None:
     calls = []
-    assert is_stochastic(solver) == (solver == "ancestral")
     extra = {"noise": lambda i: torch.zeros(1)} if is_stochastic(solver) else {}
     SOLVERS[solver](lambda x, t, s: calls.append((t, s)) or 0 * x, torch.zeros(1), time_grid(7), **extra)
-    assert len(calls) == evaluations(solver, 7) == count
+    count = evaluations(solver, 7)
+    assert len(calls) == count
+    if solver in OURS:
+        assert (count, is_stochastic(solver)) == (13 if solver == "heun" else 7, solver == "ancestral")
     assert all(start <= t < 1 for t, start in calls)
     assert [steps_within(solver, budget) for budget in (1, count - 1, count)] == [1, 6, 7]
 
