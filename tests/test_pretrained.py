@@ -59,7 +59,10 @@ def velocity(model: DiP, size: int = 16, y: int = 0) -> torch.Tensor:
 def test_the_same_classes_keep_everything(trained: DiPPipeline) -> None:
     model, start = started(trained)
     assert torch.equal(velocity(model), velocity(trained.model))
-    assert start.new == start.resampled == start.classes_new == [] and start.classes_kept == CLASSES
+    assert (
+        start.new == start.resampled == start.classes_new == start.classes_left_out == []
+        and start.classes_kept == CLASSES
+    )
     assert len(start.kept) == len(model.state_dict())
 
 
@@ -70,12 +73,17 @@ def test_classes_go_by_name(trained: DiPPipeline) -> None:
     for new in (2, 3):  # the null class, and a small random part
         assert 0 < (table[new] - old[-1]).std() < 0.05
     assert (start.classes_kept, start.classes_new) == (["ant", "bee"], ["cow", "dog"])
+    assert start.sentences()[-1] == (
+        "classes: ant, bee kept; new, from the null class: cow, dog; left out, since no image is of them: cat"
+    )
     torch.testing.assert_close(velocity(model, y=4), velocity(trained.model, y=3))
     nameless = DiPPipeline(trained.model, height=16, width=16)
     by_id, _ = started(nameless, ["x", "y", "z"])
     assert torch.equal(by_id.backbone.class_embed.weight, old)
     _, start = started(nameless, ["x", "y"])
-    assert start.classes_new == ["x", "y"]
+    assert (start.classes_new, start.classes_left_out) == (["x", "y"], ["0", "1", "2"])
+    _, start = started(trained, [])
+    assert start.sentences()[-1] == "classes: none kept; left out, since no image is of them: bee, cat, ant"
 
 
 def test_another_patch_size_reads_an_enlarged_image_alike(trained: DiPPipeline) -> None:

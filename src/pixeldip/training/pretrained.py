@@ -49,6 +49,8 @@ class Start:
     new: list[str] = field(default_factory=list)
     classes_kept: list[str] = field(default_factory=list)
     classes_new: list[str] = field(default_factory=list)
+    classes_left_out: list[str] = field(default_factory=list)
+    """Of the trained model: the images have none of that name, and this model does not know them any more."""
     cut_off: list[str] = field(default_factory=list)
     """Blocks of the trained model that this one, of fewer, has no place for."""
 
@@ -66,9 +68,13 @@ class Start:
             lines.append(f"resampled to another patch size: {', '.join(self.resampled)}")
         if self.new:
             lines.append(f"started anew: {some(self.new)}")
-        if self.classes_new:
-            kept = f"{some(self.classes_kept)} kept" if self.classes_kept else "none kept"
-            lines.append(f"classes: {kept}; new, from the null class: {some(self.classes_new)}")
+        if self.classes_new or self.classes_left_out:
+            found = [f"{some(self.classes_kept)} kept" if self.classes_kept else "none kept"]
+            if self.classes_new:
+                found.append(f"new, from the null class: {some(self.classes_new)}")
+            if self.classes_left_out:
+                found.append(f"left out, since no image is of them: {some(self.classes_left_out)}")
+            lines.append(f"classes: {'; '.join(found)}")
         return lines
 
 
@@ -173,6 +179,9 @@ def _copy_classes(
         else:
             table[i] = trained[row]
             start.classes_kept.append(label)
+    if not by_id:
+        theirs = trained_names or [str(i) for i in range(len(trained) - 1)]
+        start.classes_left_out = [label for label in theirs if label not in start.classes_kept]
     start.kept.append(CLASS_TABLE)
 
 
