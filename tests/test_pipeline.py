@@ -358,11 +358,28 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
         ),
         ({"class_labels": [0], "height": 2**63, "generator": torch.Generator()}, "no memory for the noise alone of 1,"),
         ({"class_labels": [0], "callback_on_step_end_tensor_inputs": [1]}, "1; there are latents and pred"),
+        ({"class_labels": [0], "callback_on_step_end": lambda *_: True}, "returned a bool; give a dictionary"),
+        (
+            {"class_labels": [0], "callback_on_step_end": lambda *news: {"latents": news[3]["latents"][:, :1]}},
+            r"latents is a tensor of \(1, 1, 16, 16\); give a tensor of \(1, 3, 16, 16\)",
+        ),
+        (
+            {"class_labels": [0], "callback_on_step_end": lambda *news: {"latents": news[3]["latents"].numpy()}},
+            "latents is a ndarray; give a tensor",
+        ),
+        ({"class_labels": [0], "solver": ["euler"]}, "choose one of euler"),
+        ({"class_labels": [0], "trajectory_every": "2"}, "trajectory_every '2': give a whole number"),
+        ({"class_labels": [0], "trajectory_every": -1}, "trajectory_every -1: give 0"),
     ],
 )
 def test_arguments_out_of_range(pipeline: DiPPipeline, arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         pipeline(**arguments)
+
+
+def test_a_size_that_is_no_number(model_folder: Path) -> None:
+    with pytest.raises(UserError, match="height '64': give a whole number"):
+        DiPPipeline.from_pretrained(model_folder, height="64")
 
 
 def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) -> None:

@@ -86,8 +86,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             previews are sampled with.
 
     Raises:
-        UserError: if the scheduler follows another path, the names are not as many as the model's classes, or
-            `sampling` says anything else.
+        UserError: if the scheduler follows another path, the names are not as many as the model's classes, height
+            or width is no whole number, or `sampling` says anything else.
     """
 
     _origin: Path | None = None
@@ -113,6 +113,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             raise UserError(
                 f"class_names: {len(class_names)} names for {model.config.num_classes} classes of the model"
             )
+        height, width = _whole_number("height", height), _whole_number("width", width)
         self.register_modules(model=model, scheduler=scheduler)
         sampling = dict(sampling or {})
         SamplingSettings.from_pipeline_arguments(sampling)
@@ -352,7 +353,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             trajectory_every: keep (t, x_t) at the start, after every so many steps, and at the end; 0: keep none.
 
         Raises:
-            UserError: if an argument is out of range, or there is no memory for the noise.
+            UserError: if an argument is out of range, a callback returns another kind of state, or there is no memory
+                for the noise.
         """
         own = self.default_settings.pipeline_arguments()
         steps = own["num_inference_steps"] if num_inference_steps is None else num_inference_steps
@@ -371,6 +373,9 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         check_size(height, width, model.config.patch_size)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
+        trajectory_every = _whole_number("trajectory_every", trajectory_every)
+        if trajectory_every < 0:
+            raise UserError(f"trajectory_every {trajectory_every}: give 0, to keep none, or more")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         wanted = callback_on_step_end_tensor_inputs or ()
@@ -386,7 +391,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             scheduler = copy.deepcopy(self.scheduler)  # a call's steps are its own, whoever shares the pipeline
             times = set_times(scheduler, steps, time_shift, model.objective, device)
             solve = functools.partial(follow_scheduler, scheduler, generators=random.generators)
-        elif solver in SOLVERS:
+        elif isinstance(solver, str) and solver in SOLVERS:
             times = time_grid(steps, time_shift, model.objective)
             fresh = {"noise": random.fresh} if is_stochastic(solver) else {}
             solve = functools.partial(SOLVERS[solver], **fresh)
@@ -410,7 +415,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             def on_step(step: int, t: float, x: Tensor) -> Tensor:
                 if callback_on_step_end:
                     tensors = {name: predicted if name == PREDICTED else x for name in wanted}
-                    x = (callback_on_step_end(self, step, t, tensors) or {}).get(STATE, x)
+                    x = _replaced(x, callback_on_step_end(self, step, t, tensors))
                 bar.update()
                 last = step == len(times) - 2
                 if trajectory_every and (last or (step + 1) % trajectory_every == 0):
@@ -552,6 +557,24 @@ def _generators(generator: Any) -> torch.Generator | list[torch.Generator] | Non
     if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
         raise UserError(f"generator {generator!r}: give a torch.Generator, or a list of them, one per image")
     return each if isinstance(generator, list | tuple) else generator
+
+
+def _replaced(state: Tensor, returned: Any) -> Tensor:
+    """The state that goes on after a callback, whose own it is if it returned one."""
+    if returned is None:
+        return state
+    if not isinstance(returned, Mapping):
+        raise UserError(
+            f"callback_on_step_end: returned a {type(returned).__name__}; give a dictionary, for instance "
+            f'{{"{STATE}": the new state}}, or nothing'
+        )
+    new = returned.get(STATE)
+    if new is None:
+        return state
+    if not isinstance(new, Tensor) or new.shape != state.shape:
+        found = f"a tensor of {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+        raise UserError(f"callback_on_step_end: {STATE} is {found}; give a tensor of {tuple(state.shape)}")
+    return new
 
 
 def _check_peft() -> None:
