@@ -539,6 +539,7 @@ def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
         f"torch {torch.__version__}",
     ):
         assert text in card, text
+    assert "Started from" not in card
     newest = max((run / "previews").iterdir())
     assert (tmp_path / "toy" / "samples.png").read_bytes() == newest.read_bytes()
     assert not any(str(run) in path.read_text() for path in (tmp_path / "toy").rglob("*.json"))

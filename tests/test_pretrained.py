@@ -183,7 +183,13 @@ def test_adapters_alone_are_trained(trained: DiPPipeline, tmp_path: Path, pictur
     base.load_lora_weights(checkpoint / "lora")
     torch.testing.assert_close(base(**settings).images, sampled, rtol=1e-3, atol=1e-3)
     assert (sampled - before).abs().max() > 0.01
-    own, theirs = (m.state_dict() for m in (DiPPipeline.from_pretrained(tmp_path / "run").model, trained.model))
+    again = DiPPipeline.from_pretrained(tmp_path / "run")
+    again.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert (
+        f"\n- Started from the trained weights of {tmp_path / 'trained'}, with adapters (LoRA) of rank 4 added" in card
+    )
+    own, theirs = (m.state_dict() for m in (again.model, trained.model))
     for name in own:
         changed = not torch.equal(own[name], theirs[name]) and name != "backbone.class_embed.weight"
         assert changed == any(name == f"{layer}.weight" for layer in layers), name
