@@ -443,6 +443,9 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     fused.unload_lora_weights()
     fused.save_pretrained(tmp_path / "fused")
     saved = DiPPipeline.from_pretrained(tmp_path / "fused")
+    saved.save_pretrained(tmp_path / "copy")
+    for folder in (tmp_path / "fused", tmp_path / "copy"):
+        assert (folder / "README.md").read_text().count("Adapters (LoRA) were fused into these weights: mine. ") == 1
     torch.testing.assert_close(saved(**settings).images, adapted, rtol=1e-4, atol=1e-4)
     again.unfuse_lora()
     again.unload_lora_weights()

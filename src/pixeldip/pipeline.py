@@ -187,6 +187,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 self.model.num_parameters(),
                 self._origin,
                 license,
+                sorted(self.fused_loras),
             )
         if push_to_hub:
             upload(Path(save_directory), hub.pop("repo_id", Path(save_directory).name), **hub)

@@ -19,6 +19,9 @@ CARD = "README.md"
 SAMPLES = "samples.png"
 LICENCE = "## Licence\n\n{}"
 NO_LICENCE = "None was stated for these weights."
+FUSED = (
+    "## Adapters\n\nAdapters (LoRA) were fused into these weights: {}. Samples and numbers above are of those before."
+)
 TEMPLATE = Path(__file__).with_name("model_card.md")
 
 
@@ -30,6 +33,7 @@ def write_model_card(
     parameters: int,
     origin: Path | None = None,
     license: str | None = None,
+    fused: Sequence[str] = (),
 ) -> None:
     """Writes README.md, and samples.png if there are any, into a saved model's folder.
 
@@ -38,9 +42,10 @@ def write_model_card(
         size: (height, width) it was trained at.
         origin: the run it was trained in, or the saved folder it was loaded from, whose card it keeps.
         license: of the weights, as the hub spells it; None: the card says that none was stated.
+        fused: names of adapters that were fused into the weights since they were loaded.
     """
     if origin and (origin / CARD).is_file():
-        _keep_card(origin, folder, license)
+        _keep_card(origin, folder, license, fused)
         return
     run = origin if origin and newest_checkpoint(origin) else None
     data = ModelCardData(
@@ -66,7 +71,7 @@ def write_model_card(
         version=__version__,
         run=_facts(run) if run else None,
     )
-    card.save(folder / CARD)
+    _save_card(card, folder, fused)
 
 
 def check_license(origin: Path | None, license: str | None) -> None:
@@ -82,7 +87,7 @@ def check_license(origin: Path | None, license: str | None) -> None:
         )
 
 
-def _keep_card(origin: Path, folder: Path, license: str | None) -> None:
+def _keep_card(origin: Path, folder: Path, license: str | None, fused: Sequence[str]) -> None:
     """The card of a model that is saved again, with a licence if one is stated now."""
     if (origin / SAMPLES).is_file() and origin.resolve() != folder.resolve():
         shutil.copyfile(origin / SAMPLES, folder / SAMPLES)
@@ -90,6 +95,12 @@ def _keep_card(origin: Path, folder: Path, license: str | None) -> None:
     if license:
         card.text = card.text.replace(LICENCE.format(card.data.license or NO_LICENCE), LICENCE.format(license))
         card.data.license = license
+    _save_card(card, folder, fused)
+
+
+def _save_card(card: ModelCard, folder: Path, fused: Sequence[str]) -> None:
+    if fused and (told := FUSED.format(", ".join(fused))) not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{told}\n"
     card.save(folder / CARD)
 
 
