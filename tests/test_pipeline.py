@@ -61,6 +61,13 @@ def test_classes_by_name_and_by_id(pipeline: DiPPipeline) -> None:
     assert pipeline("ant", num_inference_steps=2, height=24, width=8).images[0].size == (8, 24)
 
 
+def test_names_that_are_numbers_are_no_ids() -> None:
+    pipeline = DiPPipeline(DiP(**TINY_MODEL, num_classes=3), class_names=["1", "10", "2"])
+    assert [pipeline.class_id(label) for label in ("1", "2", 1)] == [0, 2, 1]
+    with pytest.raises(UserError, match="no class named '0'; perhaps '10'"):
+        pipeline.class_id("0")
+
+
 @pytest.mark.parametrize(
     ("names", "classes", "there"),
     [

@@ -268,7 +268,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             self.model.save_lora_adapter(save_directory, adapter_name)
 
     def class_id(self, label: int | str) -> int:
-        """The id of a class given by id or exact name.
+        """The id of a class given by id or exact name. Where names are numbers, a number in a string is a name.
 
         Raises:
             UserError: if there is no such class.
@@ -277,8 +277,9 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         have = f"it has classes 0 to {num_classes - 1}" if num_classes else "it was trained without classes"
         if isinstance(label, str) and label in names:
             return names.index(label)
+        numbered = any(str(name).isdecimal() for name in names)
         try:
-            index = int(label) if isinstance(label, str) else operator.index(label)
+            index = int(label) if isinstance(label, str) and not numbered else operator.index(label)
         except (ValueError, TypeError):
             near = difflib.get_close_matches(str(label), names, n=3, cutoff=0.4)
             hint = f"perhaps {' or '.join(map(repr, near))}" if near else f"it has {some(names, 40)}" if names else have
