@@ -61,6 +61,15 @@ def test_classes_by_name_and_by_id(pipeline: DiPPipeline) -> None:
     assert pipeline("ant", num_inference_steps=2, height=24, width=8).images[0].size == (8, 24)
 
 
+def test_numbers_of_numpy_are_saved_so_that_they_load_again(tmp_path: Path) -> None:
+    own = {"num_inference_steps": np.int64(3), "guidance_interval": np.array([0.0, 0.5])}
+    pipeline = DiPPipeline(DiP(**TINY_MODEL, num_classes=2), height=np.int64(16), class_names=range(2), sampling=own)
+    pipeline.save_pretrained(tmp_path)
+    again = DiPPipeline.from_pretrained(tmp_path)
+    assert (again.config.height, again.config.class_names, again.default_settings.steps) == (16, ["0", "1"], 3)
+    assert again.default_settings.guidance_interval == (0.0, 0.5)
+
+
 def test_names_that_are_numbers_are_no_ids() -> None:
     pipeline = DiPPipeline(DiP(**TINY_MODEL, num_classes=3), class_names=["1", "10", "2"])
     assert [pipeline.class_id(label) for label in ("1", "2", 1)] == [0, 2, 1]

@@ -115,9 +115,10 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             )
         height, width = _whole_number("height", height), _whole_number("width", width)
         self.register_modules(model=model, scheduler=scheduler)
-        sampling = dict(sampling or {})
-        SamplingSettings.from_pipeline_arguments(sampling)
-        self.register_to_config(height=height, width=width, class_names=list(class_names or ()), sampling=sampling)
+        checked = SamplingSettings.from_pipeline_arguments(sampling or {}).pipeline_arguments()
+        sampling = {name: checked[name] for name in sampling or ()}  # plain numbers, which JSON can hold
+        names = [str(name) for name in class_names or ()]
+        self.register_to_config(height=height, width=width, class_names=names, sampling=sampling)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiPPipeline":
@@ -277,7 +278,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         have = f"it has classes 0 to {num_classes - 1}" if num_classes else "it was trained without classes"
         if isinstance(label, str) and label in names:
             return names.index(label)
-        numbered = any(str(name).isdecimal() for name in names)
+        numbered = any(name.isdecimal() for name in names)
         try:
             index = int(label) if isinstance(label, str) and not numbered else operator.index(label)
         except (ValueError, TypeError):
