@@ -1,6 +1,7 @@
 """From an image file's bytes to a uint8 crop of the training size."""
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -13,6 +14,9 @@ FORMATS = [
     if name in Image.OPEN  # some are optional parts of Pillow
 ]
 """Of the kinds Pillow reads, those that pictures come in; EPS would start Ghostscript."""
+
+_LONGEST = 16
+"""Of a picture that is resized, its length in that of the crop: beyond that a small file would fill the memory."""
 
 
 class BrokenImage(Exception):
@@ -65,6 +69,9 @@ def centre_crop(image: Image.Image, height: int, width: int) -> np.ndarray:
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
+    kept = [min(whole, math.ceil(_LONGEST * side / scale)) for whole, side in zip(image.size, (width, height))]
+    if image.size != tuple(kept):  # a strip, a few pixels high: its ends are cut off before they are enlarged, too
+        image = ImageOps.crop(image, tuple((whole - part) // 2 for whole, part in zip(image.size, kept)))
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
