@@ -216,7 +216,7 @@ def test_callback_sees_changes_and_stops(pipeline: DiPPipeline, solver: str | No
     assert len(pipeline("ant", **settings).images) == 1  # and the next call is not interrupted
 
 
-@pytest.mark.parametrize("solver", [*(name for name in SOLVERS if evaluations(name, 1) == 1), None])
+@pytest.mark.parametrize("solver", [*(name for name in SOLVERS if evaluations(name, 3) == 3), None])
 def test_callbacks_see_the_predicted_image(pipeline: DiPPipeline, solver: str | None) -> None:
     """The first step, from noise, heads for what a single step ends in; others evaluate again."""
     seen = []
