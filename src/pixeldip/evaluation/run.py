@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,12 @@ class Evaluator:
                 raise UserError(f"{role} {name}: {found}; --allow-resolution-mismatch compares them all the same")
             self.warnings.append(f"{role} {name}: {found}")
         if name and isinstance(images, SourceImages):
-            self.warnings += images.warnings
+            self.tell(images.warnings)
         return reference
+
+    def tell(self, warnings: Iterable[str]) -> None:
+        """Adds those that are not told yet: one folder may be two of the sets."""
+        self.warnings += [warning for warning in warnings if warning not in self.warnings]
 
     def _check_available(self) -> None:
         """Leaves out, or if they were asked for by name refuses, metrics the reference cannot give."""
@@ -322,7 +326,7 @@ def evaluate(
         with console.status(escape(f"opening {printable(str(samples))}")):
             samples, told = open_samples(str(samples), options, processes)
     evaluator = Evaluator(options, samples.height, samples.width, processes, console)
-    evaluator.warnings = list(dict.fromkeys([*evaluator.warnings, *told]))  # one folder may be two of the sets
+    evaluator.tell(told)
     evaluation = evaluator.evaluate(samples, writer)
     if processes.is_main:
         print_evaluation(evaluation, console)

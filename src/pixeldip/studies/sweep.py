@@ -85,7 +85,7 @@ def sweep_command(arguments: Any) -> int:
         if evaluator:  # what is measured now stands beside what was: the same images must be behind both
             images = {"reference": evaluator.reference, "train_images": evaluator.training}
             facts |= {f"{name}_sha256": opened.sha256 for name, opened in images.items() if opened}
-            evaluator.warnings += real.warnings if real else []
+            evaluator.tell(real.warnings if real else [])
             for warning in evaluator.warnings:
                 warn(console, warning)
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))
