@@ -172,6 +172,10 @@ class SampledImages:
         Raises:
             UserError: if the model puts out anything that is not a number.
         """
+
+        def reached(_: DiPPipeline, step: int, t: float, tensors: dict[str, Tensor]) -> None:
+            on_step(step, t, tensors[STATE], tensors[PREDICTED])
+
         part = slice(start, stop)
         with autocast(self.pipeline.device, self.cast):
             x = self.pipeline(
@@ -180,7 +184,7 @@ class SampledImages:
                 height=self.height,
                 width=self.width,
                 output_type="latent",
-                callback_on_step_end=on_step and (lambda _, step, t, tensors: on_step(step, t, *tensors.values())),
+                callback_on_step_end=on_step and reached,
                 callback_on_step_end_tensor_inputs=(STATE, PREDICTED),
                 **self.settings.pipeline_arguments(),
             ).images
