@@ -30,6 +30,7 @@ from pixeldip.data import (
     decode,
     open_source,
 )
+from pixeldip.data.transforms import upright_size
 from pixeldip.recipe import DataSection
 
 from .conftest import QUIET, make_picture
@@ -48,6 +49,9 @@ def test_greyscale_of_eight_and_sixteen_bits() -> None:
     assert wide.mode == "I;16"
     for kind in ("PNG", "TIFF"):
         assert (np.asarray(decode(encoded(wide, kind))) == ramp[..., None]).all()
+    for factor in (1, 257):  # 32-bit files hold either
+        longer = Image.fromarray(ramp.astype(np.int32) * factor)
+        assert (np.asarray(decode(encoded(longer, "TIFF"))) == ramp[..., None]).all()
 
 
 def test_palette_and_transparency_end_on_white() -> None:
@@ -75,6 +79,7 @@ def test_exif_rotation() -> None:
     upright = decode(encoded(image, exif=exif))
     assert upright.size == (2, 4)
     assert upright.getpixel((1, 0)) == (255, 0, 0)
+    assert upright_size(encoded(image, exif=exif)) == (4, 2) and upright_size(encoded(image)) == (2, 4)
 
 
 def test_what_is_no_picture() -> None:
@@ -118,6 +123,18 @@ def test_of_a_strip_no_more_is_enlarged_than_the_crop_sees(monkeypatch: pytest.M
 @pytest.mark.parametrize("target", [(16, 16), (8, 24)])
 def test_crop_has_the_size_asked_for(size: tuple[int, int], target: tuple[int, int]) -> None:
     assert centre_crop(make_picture(0, *size), *target).shape == (*target, 3)
+
+
+def test_pictures_that_are_enlarged_are_told(picture_folder: Path) -> None:
+    def told(resolution: int | tuple[int, int]) -> list[str]:
+        section = DataSection(source=str(picture_folder), resolution=resolution)
+        return TrainingImages(open_source(section), section, seed=0).warnings()
+
+    make_picture(0, 8, 60).save(picture_folder / "ant" / "small.png")
+    (picture_folder / "bee" / "broken.png").write_bytes(b"no picture")
+    (warning,) = told(40)
+    assert "1 of 13 images are smaller than 40x40 (one is 8x60); they are enlarged" in warning
+    assert "12 of 13 images" in told((8, 56))[0] and not told((8, 48))
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order() -> None:

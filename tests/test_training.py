@@ -21,7 +21,7 @@ from pixeldip.training.progress import training_flops
 from pixeldip.training.schedule import draw, learning_rate
 
 from . import make_losses
-from .conftest import QUIET, saved_state, tiny_recipe
+from .conftest import QUIET, make_picture, saved_state, tiny_recipe
 
 
 def test_a_run_learns_and_says_so(tmp_path: Path, picture_folder: Path) -> None:
@@ -115,9 +115,12 @@ def test_what_is_saved_is_the_average(tmp_path: Path, picture_folder: Path) -> N
 
 def test_without_classes(tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture) -> None:
     (picture_folder / "ant" / "photo.heic").write_bytes(b"")
+    make_picture(0, 8, 8).save(picture_folder / "ant" / "small.png")
     recipe = tiny_recipe(tmp_path / "run", picture_folder / "ant", preview={"every": 6, "images": 4, "steps": 2})
     train(recipe)
-    assert f"warning: data.source {picture_folder / 'ant'}: files passed over" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    for warning in ("files passed over", "1 of 7 images are smaller than 16x16"):
+        assert f"warning: data.source {picture_folder / 'ant'}: {warning}" in told
     pipeline = DiPPipeline.from_pretrained(str(tmp_path / "run"))
     assert len(pipeline(seeds=[0, 1], num_inference_steps=2).images) == 2
     with pytest.raises(UserError, match="trained without classes"):

@@ -1,5 +1,6 @@
 """Batches of a run: decoded, cropped, in an order that depends on (seed, position) alone."""
 
+import math
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from .sources import Source
 from .transforms import BrokenImage, centre_crop
 
 MEMORY_LIMIT = 2**30
+_SIZES_LOOKED_AT = 200
 
 
 @dataclass
@@ -52,6 +54,21 @@ class TrainingImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def warnings(self) -> list[str]:
+        """That pictures are smaller than they are trained at, by the headers of some, spread over the source."""
+        rows = np.linspace(0, len(self.source.rows) - 1, min(len(self.source.rows), _SIZES_LOOKED_AT)).astype(int)
+        sizes = [size for size in map(self.source.size, rows.tolist()) if size]
+        small = [size for size in sizes if size[0] < self.size[0] or size[1] < self.size[1]]
+        if not small:
+            return []
+        looked_at = " looked at" if len(rows) < len(self.source.rows) else ""
+        height, width = min(small, key=math.prod)
+        return [
+            f"data.source {self.section.source}: {len(small)} of {len(sizes)} images{looked_at} are smaller than "
+            f"{self.size[0]}x{self.size[1]} (one is {height}x{width}); they are enlarged, and the model learns their "
+            "blur: lower data.resolution, or leave them out"
+        ]
 
     def fits_in_memory(self) -> bool:
         height, width = self.size

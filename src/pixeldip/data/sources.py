@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..recipe import DataSection
 from ..terminal import printable
 from .image_folder import OTHER_PICTURES, SPLITS, Pictures, image_folder, is_image, passed_over, walk
-from .transforms import BrokenImage, decode
+from .transforms import BrokenImage, decode, upright_size
 
 BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
 BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
@@ -90,6 +90,13 @@ class Source:
             return decode(data), label, name
         except BrokenImage as error:
             raise BrokenImage(f"{name}: {error}") from error
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """(height, width) of a row's picture, which is not decoded; None if it cannot be read."""
+        try:
+            return upright_size(self.read(index)[0])
+        except OSError:
+            return None
 
     def hashes(self) -> list[bytes]:
         """SHA-256 of each row's file bytes; empty for those that cannot be read, which is said when they are wanted."""

@@ -5,7 +5,7 @@ import math
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Image.init()
 FORMATS = [
@@ -44,11 +44,25 @@ def decode(data: bytes) -> Image.Image:
         raise BrokenImage(f"{type(error).__name__}: {error}") from error
 
 
+def upright_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) that `decode` will return, by the file's header alone; None if that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # as in `decode`
+        return None
+    return image.size if on_its_side else (image.height, image.width)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to 8-bit RGB, transparency on white."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        # 16-bit greyscale (Pillow's mode "I" is how it opens some): scaled, where convert() would clip
-        return Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8)).convert("RGB")
+        # 16-bit greyscale, scaled, where convert() would clip; 32-bit files (mode "I") hold numbers of 16 bits or of 8
+        pixels = np.asarray(image).clip(0, 65535)
+        scale = 1 if image.mode == "I" and pixels.max() <= 255 else 257
+        return Image.fromarray((pixels / scale + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         pixels = np.asarray(image)
         return Image.fromarray(

@@ -118,11 +118,12 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     images = TrainingImages(source, recipe.data, training.seed)
     if images.fits_in_memory():
         images.load_into_memory(console)
+    small_images = processes.on_main(images.warnings)
     changed_schedule = processes.on_main(lambda: changed_rate(run, recipe, first_step))
     if processes.is_main:
         prepare_run_folder(run, recipe, processes, first_step, start, data)
     changed_images = [f"data.source changed: {changed}"] if changed else []
-    for warning in [*source.warnings, *gone, *damaged, *changed_schedule, *changed_images]:
+    for warning in [*source.warnings, *small_images, *gone, *damaged, *changed_schedule, *changed_images]:
         warn(console, warning)
     introduce(console, recipe, model, source, processes, first_step, start)
     metrics = None
