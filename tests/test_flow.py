@@ -239,7 +239,7 @@ def test_a_seed_is_an_image_whatever_its_neighbours() -> None:
     assert not torch.equal(together[0], together[1])
 
 
-@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (10, 0.0)])
+@pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (10, 0.0), (10, 1e-300)])
 def test_impossible_time_grids(steps: int, shift: float) -> None:
     with pytest.raises(UserError):
         time_grid(steps, shift)

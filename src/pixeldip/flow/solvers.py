@@ -30,14 +30,17 @@ def time_grid(steps: int, shift: float = 1.0, objective: VelocityObjective | Non
     They begin at 0 unless the path of the objective begins later.
 
     Raises:
-        UserError: unless steps is a whole number of at least 1 and shift > 0.
+        UserError: unless steps is a whole number of at least 1 and shift > 0, and so near 1 that all times differ.
     """
     if not isinstance(steps, numbers.Integral) or steps < 1:
         raise UserError(f"steps={steps}: at least one step is needed, and a whole number")
     if not shift > 0:
         raise UserError(f"time shift {shift}: must be above 0 (1 leaves the times as they are)")
     r = shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
-    return (objective or VelocityObjective()).flow_time(r).tolist()
+    times = (objective or VelocityObjective()).flow_time(r).tolist()
+    if not all(t0 < t1 for t0, t1 in zip(times, times[1:])):
+        raise UserError(f"time shift {shift:g}: too far from 1, of {steps} steps some have no length")
+    return times
 
 
 def start_state(noise: Tensor, times: Sequence[float]) -> Tensor:
