@@ -131,6 +131,14 @@ def patch_size(scale: Scale) -> tuple[Contender, ...]:
     )
 
 
+def prediction(scale: Scale) -> tuple[Contender, ...]:
+    return tuple(
+        Contender(f"{name}-{output}", f"{label}, {output}", head(kind, scale, prediction=output))
+        for output in ("velocity", "image", "noise")
+        for name, label, kind in (("dip", "DiP", "unet"), ("dit", "DiT-only", "linear"))
+    )
+
+
 COMPARISONS = {
     study.name: study
     for study in (
@@ -176,6 +184,15 @@ COMPARISONS = {
             "Small patches are better and much dearer; DiP keeps its margin over DiT-only models of smaller patches.",
             patch_size,
             {"paper": {"resolution": 512}},
+        ),
+        Study(
+            "prediction",
+            "What the network puts out",
+            "Velocity, clean image or noise: what suits which network?",
+            "Sec. 3.1 (Eqs. 4 and 5), with the image prediction of JiT (Sec. 2)",
+            "It does not compare them. It trains the velocity (Eq. 5), speaks of the noise in Sec. 3.3, and names JiT, "
+            "which puts out the image and needs no head.",
+            prediction,
         ),
     )
 }
