@@ -220,6 +220,14 @@ def test_guidance_is_evaluated_only_inside_its_interval() -> None:
     assert network.batches == [[1, 2], [[1, 2], [5, 5]], [1, 2], [[1, 2], [5, 5]]]
 
 
+@pytest.mark.parametrize(("steps", "guided"), [(10, 4), (20, 9), (75, 37), (100, 49)])
+def test_a_step_that_starts_on_a_bound_of_the_interval_is_not_guided(steps: int, guided: int) -> None:
+    network = Recorder()
+    v = guided_velocity(network, torch.tensor([1]), null_class=5, scale=3.0, interval=(0.3, 0.8))
+    SOLVERS["euler"](v, torch.zeros(1, 1, 1, 1), time_grid(steps))
+    assert sum(len(batch) == 2 for batch in network.batches) == guided
+
+
 def test_guidance_of_one_is_free_and_the_whole_interval_holds_its_start() -> None:
     network, x = Recorder(), torch.zeros(1, 1, 1, 1)
     guided_velocity(network, torch.tensor([1]), 5, scale=1.0)(x, 0.5, 0.5)

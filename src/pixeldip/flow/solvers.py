@@ -27,7 +27,8 @@ FreshNoise = Callable[[int], Tensor]
 def time_grid(steps: int, shift: float = 1.0, objective: VelocityObjective | None = None) -> list[float]:
     """The steps + 1 times from noise to 1, evenly spaced in schedule time before the shift.
 
-    They begin at 0 unless the path of the objective begins later.
+    They begin at 0 unless the path of the objective begins later. Unshifted, they are the numbers one types, such as
+    0.3, so that a step that starts on a guidance interval's bound is outside of it.
 
     Raises:
         UserError: unless steps is a whole number of at least 1 and shift > 0, and so near 1 that all times differ.
@@ -36,7 +37,7 @@ def time_grid(steps: int, shift: float = 1.0, objective: VelocityObjective | Non
         raise UserError(f"steps={steps}: at least one step is needed, and a whole number")
     if not shift > 0:
         raise UserError(f"time shift {shift}: must be above 0 (1 leaves the times as they are)")
-    r = shift_times(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift)
+    r = shift_times(torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
     times = (objective or VelocityObjective()).flow_time(r).tolist()
     if not all(t0 < t1 for t0, t1 in zip(times, times[1:])):
         raise UserError(f"time shift {shift:g}: too far from 1, of {steps} steps some have no length")
