@@ -415,15 +415,24 @@ def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) ->
 
 
 def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: Path) -> None:
+    def check(**which: str) -> None:
+        theirs = DiPPipeline.from_pretrained(tmp_path, **which).model.state_dict()
+        assert all(torch.equal(theirs[name], value) for name, value in pipeline.model.state_dict().items())
+
     pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="40KB")
     parts = [path.name for path in (tmp_path / "model").glob("*.safetensors")]
     assert len(parts) > 1 and all(".fp16" in name for name in parts)
-    again = DiPPipeline.from_pretrained(tmp_path, variant="fp16")
-    ours, theirs = (pipe.model.state_dict() for pipe in (pipeline, again))
-    assert all(torch.equal(theirs[name], values) for name, values in ours.items())
+    check(variant="fp16")
+    check()  # as the commands load it, which know of no variants
     pipeline.save_pretrained(tmp_path, variant="fp16")  # in one file, where the parts were
-    again = DiPPipeline.from_pretrained(tmp_path, variant="fp16")
-    assert all(torch.equal(again.model.state_dict()[name], values) for name, values in ours.items())
+    check(variant="fp16")
+    check()
+    pipeline.save_pretrained(tmp_path, variant="ema")
+    check(variant="ema")
+    with pytest.raises(UserError, match=r'variants ema and fp16; say in Python which, .* variant="ema"\), or keep'):
+        check()
+    pipeline.save_pretrained(tmp_path)
+    check()
 
 
 def test_what_could_not_be_loaded_again_is_not_saved(pipeline: DiPPipeline, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from .images import to_pil
 from .model import DiP, check_size
 from .replay import ReplayedNetwork, SolutionNetwork
 from .run_folder import belongs_to_a_run, resolve_model
-from .saved_model import check_saved_model
+from .saved_model import check_saved_model, only_variant
 from .settings import SamplingSettings
 from .sharing import check_license, forget_origin, upload, write_model_card
 from .terminal import quieted, some
@@ -124,7 +124,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiPPipeline":
         """A pipeline from a run folder (its newest checkpoint, EMA weights), a saved folder or a hub id.
 
-        Only safetensors are read, and no code that comes with the model is run.
+        Only safetensors are read, and no code that comes with the model is run. Weights that are saved as one variant
+        alone, such as "bf16", need no `variant`.
 
         Raises:
             UserError: if there is no model of that name, or it cannot be loaded.
@@ -138,6 +139,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         try:
             saved = where if Path(where).is_dir() else cls.download(where, **kwargs)
             check_saved_model(Path(saved))
+            if kwargs.get("variant") is None:
+                kwargs["variant"] = only_variant(Path(saved))
             pipeline = super().from_pretrained(saved, **kwargs)
         except UserError:
             raise

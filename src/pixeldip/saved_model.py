@@ -1,6 +1,7 @@
 """A saved model's folder, looked through before anything in it is loaded: anyone can have made it."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -17,6 +18,7 @@ from .settings import NonNegative, Positive, Side, Steps, explained
 from .terminal import some
 
 INDEX, CONFIG = "model_index.json", "config.json"
+WEIGHTS = r"diffusion_pytorch_model(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5})?\.safetensors"
 Depth = Annotated[int, Field(ge=1, le=1000)]
 
 
@@ -76,6 +78,26 @@ def check_saved_model(folder: Path) -> None:
             "bytes: incomplete, or not of one model"
         )
     _compare_tensors(model, files, folder / NETWORK)
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant that the folder's weights are of, as diffusers has it in the names of their files; None if they are
+    of none, or there are such beside it.
+
+    Raises:
+        UserError: if there are several, and any may be meant.
+    """
+    named = (re.fullmatch(WEIGHTS, path.name) for path in (folder / NETWORK).glob("*.safetensors"))
+    variants = {found["variant"] for found in named if found}
+    if None in variants or not variants:
+        return None
+    if len(variants) > 1:
+        one, *others = sorted(variants)
+        raise UserError(
+            f"{folder / NETWORK}: holds weights of the variants {one} and {' and '.join(others)}; say in Python which, "
+            f'from_pretrained(…, variant="{one}"), or keep the files of one'
+        )
+    return variants.pop()
 
 
 def _compare_tensors(model: DiP, files: Iterable[Path], folder: Path) -> None:
