@@ -402,6 +402,28 @@ def test_an_image_that_cannot_be_cut() -> None:
         tiny()(*inputs(16, 20))
 
 
+@pytest.mark.parametrize(
+    ("t", "y", "message"),
+    [
+        ((1,), (3,), r"t \(1,\): give a time for each image, \(3,\)"),
+        ((), (3,), r"t \(\): give a time"),
+        ((3,), (1,), r"y \(1,\): give a label for each image, \(3,\), or several, \(G, 3\)"),
+        ((3,), (), r"y \(\): give a label"),
+        ((3,), (2, 1), r"y \(2, 1\): give a label"),
+    ],
+)
+def test_a_time_and_a_label_for_each_image(t: tuple, y: tuple, message: str) -> None:
+    """A single one would be taken for all."""
+    with pytest.raises(UserError, match=message):
+        tiny()(torch.zeros(3, 3, 16, 24), torch.zeros(t), torch.zeros(y, dtype=torch.long))
+
+
+def test_images_of_other_channels() -> None:
+    for x in (torch.zeros(3, 16, 24), torch.zeros(2, 4, 16, 24)):
+        with pytest.raises(UserError, match=r"give images \(B, 3, H, W\)"):
+            tiny()(x, torch.zeros(2), torch.zeros(2, dtype=torch.long))
+
+
 def test_an_unknown_preset_gets_a_hint() -> None:
     with pytest.raises(UserError, match="perhaps dip-xl/16"):
         DiP.from_preset("dip-xl-16")

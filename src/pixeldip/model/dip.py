@@ -234,8 +234,9 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             (G B, N, D), after so many blocks.
 
         Raises:
-            UserError: if H or W is not a multiple of P.
+            UserError: if H or W is not a multiple of P, or x, t or y has another shape.
         """
+        check_inputs(x, t, y, self.config.in_channels)
         objective = self.objective
         seen, time = objective.network_input(x, t)
         labels = y if y.dim() == 2 else y[None]
@@ -265,6 +266,17 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if y.dim() == 2:
             v = v.unflatten(0, y.shape)
         return v if tokens_after is None else (v, tokens)
+
+
+def check_inputs(x: Tensor, t: Tensor, y: Tensor, channels: int) -> None:
+    """Raises UserError unless a time and a label are given for each image: a single one would go for all unseen."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise UserError(f"x {tuple(x.shape)}: give images (B, {channels}, H, W)")
+    images = x.shape[0]  # len would make a number of what an exported program leaves open
+    if t.dim() != 1 or t.shape[0] != images:
+        raise UserError(f"t {tuple(t.shape)}: give a time for each image, ({images},)")
+    if y.dim() not in (1, 2) or y.shape[-1] != images:
+        raise UserError(f"y {tuple(y.shape)}: give a label for each image, ({images},), or several, (G, {images})")
 
 
 def check_size(height: int, width: int, patch_size: int) -> None:
