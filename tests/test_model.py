@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,14 @@ def test_save_and_load(head: str, placement: str, tmp_path: Path) -> None:
     assert (tmp_path / "diffusion_pytorch_model.safetensors").is_file()
     again = DiP.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert (again.config["head"], again.config["placement"]) == (head, placement)
+    assert torch.equal(again(*inputs()), model(*inputs()))
+
+
+def test_sizes_of_numpy_are_saved_so_that_they_load_again(tmp_path: Path) -> None:
+    model = tiny(depth=np.int64(1), head_depth=torch.tensor(2), mlp_ratio=np.float32(2))
+    model.save_pretrained(tmp_path)
+    again = DiP.from_pretrained(tmp_path)
+    assert (again.config.depth, again.config.head_depth, again.config.mlp_ratio) == (1, 2, 2.0)
     assert torch.equal(again(*inputs()), model(*inputs()))
 
 
@@ -390,6 +399,14 @@ def test_preset_parameters(name: str) -> None:
         ({"placement": "hybrid", "head": "linear", "head_width": None}, "no head to place"),
         ({"num_classes": -1}, "num_classes=-1"),
         ({"head": "linear"}, "mean nothing to head='linear'"),
+        ({"hidden_size": "32"}, "hidden_size '32': give a whole number"),
+        ({"num_classes": None}, "num_classes None: give a whole number"),
+        ({"head_width": 8.0}, r"head_width 8\.0: give a whole number"),
+        ({"head_width": 0}, "head_width=0: must be at least 1"),
+        ({"mlp_ratio": "4"}, "mlp_ratio '4': give a finite number"),
+        ({"mlp_ratio": 0}, r"mlp_ratio=0\.0: must be above 0"),
+        ({"absolute_positions": "no"}, "absolute_positions='no': give True or False"),
+        ({"head": ["unet"]}, "choose one of unet"),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict, message: str) -> None:

@@ -4,7 +4,6 @@ import copy
 import difflib
 import functools
 import inspect
-import math
 import operator
 import os
 import tempfile
@@ -44,7 +43,7 @@ from .model import DiP, check_size
 from .replay import ReplayedNetwork, SolutionNetwork
 from .run_folder import belongs_to_a_run, resolve_model
 from .saved_model import check_saved_model, only_variant
-from .settings import SamplingSettings
+from .settings import SamplingSettings, finite_number, whole_number
 from .sharing import check_license, forget_origin, upload, write_model_card
 from .terminal import quieted, some
 
@@ -113,7 +112,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             raise UserError(
                 f"class_names: {len(class_names)} names for {model.config.num_classes} classes of the model"
             )
-        height, width = _whole_number("height", height), _whole_number("width", width)
+        height, width = whole_number("height", height), whole_number("width", width)
         self.register_modules(model=model, scheduler=scheduler)
         checked = SamplingSettings.from_pipeline_arguments(sampling or {}).pipeline_arguments()
         sampling = {name: checked[name] for name in sampling or ()}  # plain numbers, which JSON can hold
@@ -369,17 +368,18 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         time_shift = own["time_shift"] if time_shift is None else time_shift
         if solver is None and is_default_scheduler(self.scheduler):
             solver = self.config.sampling.get("solver")
-        guidance_scale, time_shift = _finite("guidance_scale", guidance_scale), _finite("time_shift", time_shift)
+        guidance_scale = finite_number("guidance_scale", guidance_scale)
+        time_shift = finite_number("time_shift", time_shift)
         guidance_interval = _pair("guidance_interval", guidance_interval)
         seeds, generator = _whole_numbers(seeds), _generators(generator)
         labels = self._labels(class_labels, seeds, generator)
         model, device = self.model, self._execution_device
-        height = self.config.height if height is None else _whole_number("height", height)
-        width = self.config.width if width is None else _whole_number("width", width)
+        height = self.config.height if height is None else whole_number("height", height)
+        width = self.config.width if width is None else whole_number("width", width)
         check_size(height, width, model.config.patch_size)
         if output_type not in OUTPUT_TYPES:
             raise UserError(f"output_type {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
-        trajectory_every = _whole_number("trajectory_every", trajectory_every)
+        trajectory_every = whole_number("trajectory_every", trajectory_every)
         if trajectory_every < 0:
             raise UserError(f"trajectory_every {trajectory_every}: give 0, to keep none, or more")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -533,29 +533,12 @@ def _whole_numbers(seeds: Sequence[int] | None) -> list[int] | None:
         raise UserError(f"seeds {seeds!r}: give a list of whole numbers, one per image") from None
 
 
-def _whole_number(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"{name} {value!r}: give a whole number") from None
-
-
-def _finite(name: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, str) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of tensors
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{name} {value!r}: give a finite number")
-    return number
-
-
 def _pair(name: str, values: Any) -> tuple[float, float]:
     try:
         lo, hi = values
     except (TypeError, ValueError):
         raise UserError(f"{name} {values!r}: give two numbers, (lo, hi)") from None
-    return _finite(name, lo), _finite(name, hi)
+    return finite_number(name, lo), finite_number(name, hi)
 
 
 def _generators(generator: Any) -> torch.Generator | list[torch.Generator] | None:

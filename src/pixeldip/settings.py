@@ -4,6 +4,8 @@ This module imports no torch, so that every command's --help answers at once.
 """
 
 import dataclasses
+import math
+import operator
 import os
 import reprlib
 from collections.abc import Callable, Collection, Mapping
@@ -202,6 +204,25 @@ def check_values(settings: Any, spelling: Callable[[str], str]) -> Any:
         for e in error.errors():  # one each: a list whose values are refused counts as empty, too
             found.setdefault(spelling(str(e["loc"][0])), _found(e))
         raise UserError("; ".join(f"{name}: {why}" for name, why in found.items())) from None
+
+
+def whole_number(name: str, value: Any) -> int:
+    """An argument in Python, perhaps of numpy or torch, as a plain number; UserError unless it is whole."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} {value!r}: give a whole number") from None
+
+
+def finite_number(name: str, value: Any) -> float:
+    """Likewise; UserError unless it is finite."""
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of tensors
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} {value!r}: give a finite number")
+    return number
 
 
 def explained(error: ValidationError) -> str:

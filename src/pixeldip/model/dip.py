@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..flow import OBJECTIVES, VelocityObjective
+from ..settings import finite_number, whole_number
 from .backbone import Backbone
 from .heads import HEADS
 from .heads.unet import UNetHead
@@ -49,7 +50,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             the release has, tell patches apart only by what they hold, and at t = 0 that is noise.
 
     Raises:
-        UserError: if the sizes do not fit together.
+        UserError: if a size is no number, or they do not fit together, or there is no such head, placement or
+            prediction.
     """
 
     _supports_gradient_checkpointing = True
@@ -80,26 +82,37 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             "hidden_size": hidden_size,
             "depth": depth,
             "num_heads": num_heads,
+            "num_classes": num_classes,
         }
+        of_head = {"head_width": head_width, "head_depth": head_depth}
+        sizes |= {name: value for name, value in of_head.items() if value is not None}
+        sizes = {name: whole_number(name, value) for name, value in sizes.items()}
         for name, value in sizes.items():
-            if value < 1:
+            if value < 1 and name != "num_classes":
                 raise UserError(f"{name}={value}: must be at least 1")
         if num_classes < 0:
             raise UserError(f"num_classes={num_classes}: must be at least 0 (0 makes an unconditional model)")
+        mlp_ratio = finite_number("mlp_ratio", mlp_ratio)
+        if mlp_ratio <= 0:
+            raise UserError(f"mlp_ratio={mlp_ratio}: must be above 0")
+        if not isinstance(absolute_positions, bool):
+            raise UserError(f"absolute_positions={absolute_positions!r}: give True or False")
+        self.register_to_config(**sizes, mlp_ratio=mlp_ratio)  # plain numbers, which JSON can hold
         if hidden_size % (4 * num_heads):
             raise UserError(
                 f"hidden_size={hidden_size} with num_heads={num_heads}: hidden_size must be a multiple of "
                 f"4 * num_heads = {4 * num_heads}"
             )
-        if head not in HEADS:
-            raise UserError(f"head={head!r}: choose one of {', '.join(HEADS)}")
-        if placement not in PLACEMENTS:
-            raise UserError(f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}")
+        for name, value, there in (
+            ("head", head, HEADS),
+            ("placement", placement, PLACEMENTS),
+            ("prediction", prediction, OBJECTIVES),
+        ):
+            if not isinstance(value, str) or value not in there:
+                raise UserError(f"{name}={value!r}: choose one of {', '.join(there)}")
         if placement != "post" and (head == "linear" or depth < 2):
             why = "DiT-only has no head to place" if head == "linear" else "needs a depth of at least 2"
             raise UserError(f"placement={placement!r} with head={head!r} and depth={depth}: {why}")
-        if prediction not in OBJECTIVES:
-            raise UserError(f"prediction={prediction!r}: choose one of {', '.join(OBJECTIVES)}")
         patch_dim = in_channels * patch_size**2
         self.backbone = Backbone(patch_dim, hidden_size, depth, num_heads, mlp_ratio, num_classes, absolute_positions)
         self.injection = None

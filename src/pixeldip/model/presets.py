@@ -47,7 +47,7 @@ def preset_config(name: str) -> dict[str, int | str]:
         UserError: if there is none of that name.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(str(name).lower(), PRESETS, n=3, cutoff=0.5)
         hint = f"; perhaps {' or '.join(near)}" if near else ""
         raise UserError(f"no preset {name!r}{hint}. Presets: {', '.join(PRESETS)}")
     row = PRESETS[name]
