@@ -480,6 +480,10 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
         again.load_lora_weights(weights)
     with pytest.raises(UserError, match="LoRA weights nowhere: "):
         again.load_lora_weights("nowhere")
+    layer = "backbone.blocks.0.attention.qkv"
+    weights = {f"{layer}.lora_A.weight": torch.zeros(4, 64), f"{layer}.lora_B.weight": torch.zeros(192, 4)}
+    with pytest.raises(UserError, match=r"LoRA weights: of a model of other sizes \(size mismatch for \S+lora_A.*\)$"):
+        again.load_lora_weights(weights)
     for none in ({}, {"a": torch.zeros(3)}):
         with pytest.raises(UserError, match="LoRA weights: no tensors of LoRA are in it"):
             again.load_lora_weights(none)

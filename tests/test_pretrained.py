@@ -180,6 +180,8 @@ def test_adapters_alone_are_trained(trained: DiPPipeline, tmp_path: Path, pictur
     sampled = DiPPipeline.from_pretrained(tmp_path / "run")(**settings).images
     base = DiPPipeline.from_pretrained(tmp_path / "trained")
     before = base(**settings).images
+    with pytest.raises(UserError, match=f"a run's folder; LoRA weights of its newest checkpoint are {checkpoint}/lora"):
+        base.load_lora_weights(checkpoint.parents[1])
     base.load_lora_weights(checkpoint / "lora")
     torch.testing.assert_close(base(**settings).images, sampled, rtol=1e-3, atol=1e-3)
     assert (sampled - before).abs().max() > 0.01

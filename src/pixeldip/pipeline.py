@@ -6,6 +6,7 @@ import functools
 import inspect
 import operator
 import os
+import re
 import tempfile
 import textwrap
 import warnings
@@ -41,7 +42,7 @@ from .flow import (
 from .images import to_pil
 from .model import DiP, check_size
 from .replay import ReplayedNetwork, SolutionNetwork
-from .run_folder import belongs_to_a_run, resolve_model
+from .run_folder import belongs_to_a_run, newest_lora, resolve_model
 from .saved_model import check_saved_model, only_variant
 from .settings import SamplingSettings, finite_number, whole_number
 from .sharing import check_license, forget_origin, upload, write_model_card
@@ -239,6 +240,10 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         except IndexError:  # of diffusers, where it looks for the first rank
             found = False
         except Exception as error:  # diffusers, PEFT, safetensors and the hub's client raise many kinds
+            if not isinstance(given, dict) and (lora := newest_lora(Path(given))):
+                raise UserError(f"{where}: a run's folder; LoRA weights of its newest checkpoint are {lora}") from error
+            if mismatch := re.search("size mismatch for .*", str(error)):
+                raise UserError(f"{where}: of a model of other sizes ({mismatch[0]})") from error
             raise UserError(f"{where}: cannot be loaded ({_in_one_line(error)})") from error
         if not found:
             raise UserError(f"{where}: no tensors of LoRA are in it")

@@ -57,6 +57,12 @@ def newest_checkpoint(run: Path) -> Path | None:
     return next(reversed(checkpoints(run)), None)
 
 
+def newest_lora(run: Path) -> Path | None:
+    """The adapters of a run's newest checkpoint, or None."""
+    checkpoint = newest_checkpoint(run)
+    return checkpoint / LORA if checkpoint and (checkpoint / LORA).is_dir() else None
+
+
 def belongs_to_a_run(folder: Path) -> bool:
     """Whether it is a run's folder or its checkpoint's pipeline, where another saved model would take their place."""
     return newest_checkpoint(folder) is not None or (folder.parent / CHECKSUMS).is_file()
