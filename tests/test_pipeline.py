@@ -373,6 +373,10 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
             "images of 1099511627776x16 .* noise alone of 2, 393216.0 GiB; ask",
         ),
         ({"class_labels": [0], "height": 2**63, "generator": torch.Generator()}, "no memory for the noise alone of 1,"),
+        ({"class_labels": [0], "num_inference_steps": "5"}, "steps='5': at least one step is needed, and a whole"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": "latents"}, "'latents': give a list of names"),
+        ({"class_labels": [0], "callback_on_step_end_tensor_inputs": 1}, "inputs 1: give a list of names"),
+        ({"class_labels": [0], "callback_on_step_end": "print"}, "callback_on_step_end 'print': give a function"),
         ({"class_labels": [0], "callback_on_step_end_tensor_inputs": [1]}, "1; there are latents and pred"),
         ({"class_labels": [0], "callback_on_step_end": lambda *_: True}, "returned a bool; give a dictionary"),
         (
@@ -438,6 +442,10 @@ def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: P
 def test_what_could_not_be_loaded_again_is_not_saved(pipeline: DiPPipeline, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="safe_serialization=False: only safetensors are loaded again"):
         pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    (tmp_path / "file").touch()
+    for whole in (pipeline, pipeline.model):
+        with pytest.raises(UserError, match="file: a file; name a folder to save to"):
+            whole.save_pretrained(tmp_path / "file")
     pipeline.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "class_names": ["ant", "bee"]}))

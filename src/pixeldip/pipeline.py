@@ -10,7 +10,7 @@ import re
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,12 +167,14 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             model_card: False leaves the README.md out.
 
         Raises:
-            UserError: if a keyword is none of these or diffusers', the folder is a run's, the model cannot be saved so
-                that it loads again, or the card it keeps states its licence in words of its own.
+            UserError: if a keyword is none of these or diffusers', the folder is a file or a run's, the model cannot be
+                saved so that it loads again, or the card it keeps states its licence in words of its own.
         """
         hub = {key: kwargs.pop(key) for key in ("repo_id", *_UPLOAD) if key in kwargs}
         if unknown := sorted(kwargs.keys() - inspect.signature(super().save_pretrained).parameters.keys()):
             raise UserError(f"save_pretrained: there is no keyword {unknown[0]!r}")
+        if Path(save_directory).is_file():
+            raise UserError(f"{save_directory}: a file; name a folder to save to")
         if belongs_to_a_run(Path(save_directory)):
             raise UserError(
                 f"{save_directory}: a run's folder, where a saved model would be taken for what the run trains; save "
@@ -387,9 +389,13 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         trajectory_every = whole_number("trajectory_every", trajectory_every)
         if trajectory_every < 0:
             raise UserError(f"trajectory_every {trajectory_every}: give 0, to keep none, or more")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise UserError(f"callback_on_step_end {callback_on_step_end!r}: give a function")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         wanted = callback_on_step_end_tensor_inputs or ()
+        if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+            raise UserError(f"callback_on_step_end_tensor_inputs {wanted!r}: give a list of names")
         if unknown := [name for name in wanted if name not in self._callback_tensor_inputs]:
             there = " and ".join(self._callback_tensor_inputs)
             raise UserError(f"callback_on_step_end_tensor_inputs: {unknown[0]}; there are {there}")

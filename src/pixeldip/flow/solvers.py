@@ -34,7 +34,7 @@ def time_grid(steps: int, shift: float = 1.0, objective: VelocityObjective | Non
         UserError: unless steps is a whole number of at least 1 and shift > 0, and so near 1 that all times differ.
     """
     if not isinstance(steps, numbers.Integral) or steps < 1:
-        raise UserError(f"steps={steps}: at least one step is needed, and a whole number")
+        raise UserError(f"steps={steps!r}: at least one step is needed, and a whole number")
     if not shift > 0:
         raise UserError(f"time shift {shift}: must be above 0 (1 leaves the times as they are)")
     r = shift_times(torch.arange(steps + 1, dtype=torch.float64) / steps, shift)

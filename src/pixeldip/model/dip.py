@@ -182,8 +182,11 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Raises:
             UserError: if it is in int8: its weights are those of the file it came from no longer; or if adapters are
-                loaded, or safe_serialization is False, for no model can be made from such a file again.
+                loaded, or safe_serialization is False, for no model can be made from such a file again; or if the
+                folder is a file.
         """
+        if Path(save_directory).is_file():  # of which diffusers' logger tells, and the call goes on
+            raise UserError(f"{save_directory}: a file; name a folder to save to")
         if not kwargs.get("safe_serialization", True):
             raise UserError("safe_serialization=False: only safetensors are loaded again; leave it out")
         if self.in_int8:
