@@ -63,7 +63,8 @@ def test_classes_by_name_and_by_id(pipeline: DiPPipeline) -> None:
 
 def test_numbers_of_numpy_are_saved_so_that_they_load_again(tmp_path: Path) -> None:
     own = {"num_inference_steps": np.int64(3), "guidance_interval": np.array([0.0, 0.5])}
-    pipeline = DiPPipeline(DiP(**TINY_MODEL, num_classes=2), height=np.int64(16), class_names=range(2), sampling=own)
+    names = np.arange(2)
+    pipeline = DiPPipeline(DiP(**TINY_MODEL, num_classes=2), height=np.int64(16), class_names=names, sampling=own)
     pipeline.save_pretrained(tmp_path)
     again = DiPPipeline.from_pretrained(tmp_path)
     assert (again.config.height, again.config.class_names, again.default_settings.steps) == (16, ["0", "1"], 3)
@@ -397,9 +398,22 @@ def test_arguments_out_of_range(pipeline: DiPPipeline, arguments: dict, message:
         pipeline(**arguments)
 
 
-def test_a_size_that_is_no_number(model_folder: Path) -> None:
-    with pytest.raises(UserError, match="height '64': give a whole number"):
-        DiPPipeline.from_pretrained(model_folder, height="64")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": "64"}, "height '64': give a whole number"),
+        ({"width": 0}, "width 0: must be from 1 to 16384"),
+        ({"height": 2**20}, "height 1048576: must be from 1"),
+        ({"model": None}, "model None: give a DiP; DiPPipeline.from_pretrained"),
+        ({"class_names": "ant"}, "class_names 'ant': give a list of names"),
+        ({"class_names": 3}, "class_names 3: give a list of names"),
+        ({"sampling": [50]}, r"sampling \[50\]: give a dictionary"),
+    ],
+)
+def test_parts_of_other_kinds(model_folder: Path, arguments: dict, message: str) -> None:
+    """Most would be saved, and not load again."""
+    with pytest.raises(UserError, match=message):
+        DiPPipeline.from_pretrained(model_folder, **arguments)
 
 
 def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) -> None:

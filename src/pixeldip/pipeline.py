@@ -44,7 +44,7 @@ from .model import DiP, check_size
 from .replay import ReplayedNetwork, SolutionNetwork
 from .run_folder import belongs_to_a_run, newest_lora, resolve_model
 from .saved_model import check_saved_model, only_variant
-from .settings import SamplingSettings, finite_number, whole_number
+from .settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
 from .sharing import check_license, forget_origin, upload, write_model_card
 from .terminal import quieted, some
 
@@ -86,8 +86,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             previews are sampled with.
 
     Raises:
-        UserError: if the scheduler follows another path, the names are not as many as the model's classes, height
-            or width is no whole number, or `sampling` says anything else.
+        UserError: if the model is no network, the scheduler follows another path, the names are not as many as the
+            model's classes, height or width is no whole number from 1 to 16384, or `sampling` says anything else.
     """
 
     _origin: Path | None = None
@@ -109,15 +109,17 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         super().__init__()
         scheduler = scheduler or FlowMatchEulerDiscreteScheduler()
         check_flow_scheduler(scheduler)
-        if class_names and len(class_names) != model.config.num_classes:
-            raise UserError(
-                f"class_names: {len(class_names)} names for {model.config.num_classes} classes of the model"
-            )
-        height, width = whole_number("height", height), whole_number("width", width)
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(f"model {model!r}: give a DiP; DiPPipeline.from_pretrained loads a saved one")
+        names = _names(class_names)
+        if names and len(names) != model.config.num_classes:
+            raise UserError(f"class_names: {len(names)} names for {model.config.num_classes} classes of the model")
+        height, width = _training_side("height", height), _training_side("width", width)
+        if not isinstance(sampling, Mapping | None):
+            raise UserError(f"sampling {sampling!r}: give a dictionary of what calls leave out")
         self.register_modules(model=model, scheduler=scheduler)
         checked = SamplingSettings.from_pipeline_arguments(sampling or {}).pipeline_arguments()
         sampling = {name: checked[name] for name in sampling or ()}  # plain numbers, which JSON can hold
-        names = [str(name) for name in class_names or ()]
         self.register_to_config(height=height, width=width, class_names=names, sampling=sampling)
 
     @classmethod
@@ -535,6 +537,19 @@ def _at_least_one(labels: list[int]) -> list[int]:
     if not labels:
         raise UserError("no image is asked for: give at least one class label, or seed")
     return labels
+
+
+def _names(class_names: Iterable[Any] | None) -> list[str]:
+    if isinstance(class_names, str) or not isinstance(class_names, Iterable | None):
+        raise UserError(f"class_names {class_names!r}: give a list of names, one per class")
+    return [] if class_names is None else [str(name) for name in class_names]
+
+
+def _training_side(name: str, value: Any) -> int:
+    side = whole_number(name, value)
+    if not 1 <= side <= LARGEST_SIDE:
+        raise UserError(f"{name} {side}: must be from 1 to {LARGEST_SIDE}")
+    return side
 
 
 def _whole_numbers(seeds: Sequence[int] | None) -> list[int] | None:

@@ -29,7 +29,8 @@ def strict(cls: type) -> type:
 _LARGEST = 2**63 - 1
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
-Side = Annotated[int, Field(ge=1, le=16_384)]
+LARGEST_SIDE = 16_384
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 """Pixels of an image's height or width."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[int, Field(ge=1, le=100_000)]
