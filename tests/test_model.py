@@ -83,6 +83,8 @@ def test_save_and_load(head: str, placement: str, tmp_path: Path) -> None:
     again = DiP.from_pretrained(tmp_path, low_cpu_mem_usage=False)
     assert (again.config["head"], again.config["placement"]) == (head, placement)
     assert torch.equal(again(*inputs()), model(*inputs()))
+    again, info = DiP.from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(again(*inputs()), model(*inputs())) and not info["missing_keys"]
 
 
 def test_sizes_of_numpy_are_saved_so_that_they_load_again(tmp_path: Path) -> None:

@@ -130,9 +130,12 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return OBJECTIVES[self.config.prediction]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DiP":
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DiP | tuple[DiP, dict[str, Any]]":
         """As in diffusers; convolutions come back channels-last, as they were built."""
-        return super().from_pretrained(*args, **kwargs).to(memory_format=torch.channels_last)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # the former with output_loading_info=True
+        model.to(memory_format=torch.channels_last)
+        return loaded
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "DiP":
