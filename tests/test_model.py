@@ -87,6 +87,16 @@ def test_save_and_load(head: str, placement: str, tmp_path: Path) -> None:
     assert torch.equal(again(*inputs()), model(*inputs())) and not info["missing_keys"]
 
 
+@pytest.mark.parametrize(("head", "placement"), DESIGNS)
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_kept_in_fewer_bits(head: str, placement: str, storage: torch.dtype) -> None:
+    model = opened_up(tiny(head, placement=placement)).eval()
+    plain = model(*inputs())
+    model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    assert model.backbone.blocks[0].mlp.up.weight.dtype == storage
+    assert 0 < (model(*inputs()) - plain).abs().max() < 0.1 * plain.abs().max()
+
+
 def test_sizes_of_numpy_are_saved_so_that_they_load_again(tmp_path: Path) -> None:
     model = tiny(depth=np.int64(1), head_depth=torch.tensor(2), mlp_ratio=np.float32(2))
     model.save_pretrained(tmp_path)

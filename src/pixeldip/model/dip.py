@@ -57,6 +57,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
+    _skip_layerwise_casting_patterns = ["time_embed", "detailer"]  # whose code reads weights itself
 
     @register_to_config
     def __init__(
