@@ -453,6 +453,18 @@ def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: P
     check()
 
 
+def test_the_users_folder(pipeline: DiPPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peft = pytest.importorskip("peft")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    pipeline.save_pretrained("~/saved")
+    again = DiPPipeline.from_pretrained("~/saved")
+    pipeline.model.add_adapter(peft.LoraConfig(r=2, target_modules=["qkv"]))
+    pipeline.save_lora_weights("~/lora")
+    again.load_lora_weights("~/lora")
+    assert again.model.adapters and [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_what_could_not_be_loaded_again_is_not_saved(pipeline: DiPPipeline, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="safe_serialization=False: only safetensors are loaded again"):
         pipeline.save_pretrained(tmp_path, safe_serialization=False)

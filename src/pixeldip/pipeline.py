@@ -175,9 +175,10 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         hub = {key: kwargs.pop(key) for key in ("repo_id", *_UPLOAD) if key in kwargs}
         if unknown := sorted(kwargs.keys() - inspect.signature(super().save_pretrained).parameters.keys()):
             raise UserError(f"save_pretrained: there is no keyword {unknown[0]!r}")
-        if Path(save_directory).is_file():
+        save_directory = Path(os.path.expanduser(save_directory))  # as from_pretrained reads it
+        if save_directory.is_file():
             raise UserError(f"{save_directory}: a file; name a folder to save to")
-        if belongs_to_a_run(Path(save_directory)):
+        if belongs_to_a_run(save_directory):
             raise UserError(
                 f"{save_directory}: a run's folder, where a saved model would be taken for what the run trains; save "
                 "to a folder of its own"
@@ -185,10 +186,10 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         if model_card:
             check_license(self._origin, license)
         super().save_pretrained(save_directory, **kwargs)
-        forget_origin(Path(save_directory))
+        forget_origin(save_directory)
         if model_card:
             write_model_card(
-                Path(save_directory),
+                save_directory,
                 dict(self.model.config),
                 (self.config.height, self.config.width),
                 self.config.class_names,
@@ -198,7 +199,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
                 sorted(self.fused_loras),
             )
         if push_to_hub:
-            upload(Path(save_directory), hub.pop("repo_id", Path(save_directory).name), **hub)
+            upload(save_directory, hub.pop("repo_id", save_directory.name), **hub)
 
     def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs: Any) -> str:
         """Saves the pipeline with its model card and uploads it.
@@ -237,6 +238,8 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             raise UserError("LoRA weights: layers in int8 take none; load and fuse them before quantize_to_int8()")
         kwargs.setdefault("use_safetensors", True)
         given, before = pretrained_model_name_or_path_or_dict, self.model.adapters
+        if not isinstance(given, dict):
+            given = os.path.expanduser(str(given))
         where = "LoRA weights" if isinstance(given, dict) else f"LoRA weights {given}"
         try:
             self.model.load_lora_adapter(given, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs)
@@ -277,7 +280,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             there = f"there are {', '.join(adapters)}" if adapters else "none is loaded"
             raise UserError(f"LoRA adapter {adapter_name or 'to save'}: name one of those loaded; {there}")
         with quieted("diffusers.models.modeling_utils"):  # it warns of a cast that is none
-            self.model.save_lora_adapter(save_directory, adapter_name)
+            self.model.save_lora_adapter(os.path.expanduser(save_directory), adapter_name)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by id or exact name. Where names are numbers, a number in a string is a name.
