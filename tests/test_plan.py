@@ -197,6 +197,12 @@ def test_mistakes(flags: list[str], message: str, capsys: pytest.CaptureFixture)
     assert message in error and "Traceback" not in error
 
 
+def test_names_are_no_markup(capsys: pytest.CaptureFixture) -> None:
+    alignment = ["--alignment.weight", "0.5", "--alignment.block", "1", "--alignment.encoder", "[/b]/[red]"]
+    assert main(["train", "demo", "--plan", "--plan.devices", "1", *alignment]) == 0
+    assert "alignment.encoder [/b]/[red] is not in it" in capsys.readouterr().out
+
+
 def test_options_of_a_plan_start_no_training(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "demo", "--plan.price", "2"]) == 2
     assert "belong to --plan" in capsys.readouterr().err

@@ -2,10 +2,9 @@
 
 import json
 
-from rich.console import Console
-
 from ..recipe import Recipe
 from ..settings import PlanOptions
+from ..terminal import PlainConsole
 from .figures import Plan, Row, plan
 from .report import record, show
 
@@ -18,7 +17,7 @@ def plan_command(recipe: Recipe, options: PlanOptions) -> None:
     Raises:
         UserError: if the recipe cannot be trained, or the device is not known.
     """
-    console = Console()
+    console = PlainConsole()
     with console.status("counting"):
         planned = plan(recipe, options)
     show(planned, console)

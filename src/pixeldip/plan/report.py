@@ -45,13 +45,13 @@ def show(plan: Plan, console: Console) -> None:
         f"the last {training.keep_last} and the one being written"
     )
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     console.print(_table(plan))
     for row in plan.rows:
         if row.warning:
             warn(console, row.warning)
     for note in (*plan.notes, *ALWAYS_SAID):
-        console.print(f"- {note}", highlight=False, soft_wrap=True)
+        console.print(f"- {note}", soft_wrap=True)
 
 
 def _table(plan: Plan) -> Table:
