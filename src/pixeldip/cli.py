@@ -39,7 +39,7 @@ try:
         check_flags,
         check_values,
     )
-    from .terminal import PlainConsole, printable
+    from .terminal import PlainConsole, printable, say
 except KeyboardInterrupt:  # these take a moment, in which nothing has begun
     sys.exit(INTERRUPTED)
 
@@ -172,7 +172,7 @@ def train(arguments: list[str]) -> int:
     console = PlainConsole()  # quiet in all processes but the main one from here on
     outcome = run_training(recipe, console)
     if outcome.interrupted_by is None:
-        console.print(f"sample it: pixeldip sample {shlex.quote(str(outcome.run))}", soft_wrap=True)
+        say(console, f"sample it: pixeldip sample {shlex.quote(str(outcome.run))}")
     return 128 + outcome.interrupted_by if outcome.interrupted_by else 0
 
 

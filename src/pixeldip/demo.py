@@ -26,7 +26,7 @@ from .recipe import Recipe, image_size, load_recipe
 from .report import demo_page
 from .sampling import load_pipeline
 from .settings import NonNegative, Positive
-from .terminal import PlainConsole
+from .terminal import PlainConsole, say
 from .training import train
 
 SAMPLES_PER_CLASS = 10
@@ -69,7 +69,7 @@ def run_demo(arguments: DemoArguments) -> int:
     with console.status("sampling"):
         path = write_report(recipe, device, time.perf_counter() - began)
     minutes = (time.perf_counter() - began) / 60
-    console.print(f"done in {minutes:.1f} minutes; open {path}", highlight=False)
+    say(console, f"done in {minutes:.1f} minutes; open {path}")
     return 0
 
 

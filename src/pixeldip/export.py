@@ -21,7 +21,7 @@ from .model import DiP, check_size
 from .pipeline import DiPPipeline
 from .provenance import made_by
 from .sampling import load_pipeline
-from .terminal import PlainConsole, quieted
+from .terminal import PlainConsole, quieted, say
 
 RECORD = "export.json"
 PROGRAM, PACKAGE, ONNX = "model.pt2", "model.aoti.pt2", "model.onnx"
@@ -38,9 +38,7 @@ def export_command(arguments: Any) -> None:
     height, width = arguments.height or pipeline.config.height, arguments.width or pipeline.config.width
     errors = export_model(pipeline, arguments.out, arguments.format, height, width, console)
     for name, error in errors.items():
-        console.print(
-            f"{arguments.out / name}: differs from the model by {error:.1e} of its largest value", soft_wrap=True
-        )
+        say(console, f"{arguments.out / name}: differs from the model by {error:.1e} of its largest value")
 
 
 def export_model(
@@ -120,7 +118,7 @@ def _write_programs(
         (folder / PACKAGE).write_bytes(compiled.getbuffer())
         written[PACKAGE] = torch._inductor.aoti_load_package(str(folder / PACKAGE))
     else:
-        console.print("no C++ compiler found: no AOTInductor package was made", soft_wrap=True)
+        say(console, "no C++ compiler found: no AOTInductor package was made")
     return written
 
 

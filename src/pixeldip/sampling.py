@@ -29,7 +29,7 @@ from .pipeline import PREDICTED, STATE, DiPPipeline
 from .processes import Processes, autocast, choose_precision, precision_name, start_processes
 from .provenance import made_by
 from .settings import SamplingFlags, SamplingSettings
-from .terminal import PlainConsole, image_progress
+from .terminal import PlainConsole, image_progress, say
 
 GRID_LIMIT = 256
 MOST_SEEDS = 10_000_000
@@ -286,7 +286,7 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
             processes.together(lambda sampled=sampled: write(sampled))
     seconds = time.perf_counter() - began
     shown = out if out.suffix == ".npz" else out / GRID
-    console.print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")
+    say(console, f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.2f} a second): {shown}")
 
 
 def image_writer(images: SampledImages, out: Path) -> "ImageWriter":

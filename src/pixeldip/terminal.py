@@ -51,9 +51,14 @@ class PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
 
+def say(console: Console, text: str, style: str = "") -> None:
+    """A line as it is, on any console: names in it are no markup, and it is not cut where a log file would be."""
+    console.print(text, style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def warn(console: Console, text: str) -> None:
-    """A line that limits what was or will be done; files' names in it are taken as they are."""
-    console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    """A line that limits what was or will be done."""
+    say(console, f"warning: {text}", "yellow")
 
 
 @contextmanager
@@ -106,8 +111,7 @@ def _lines(console: Console, title: str, total: int) -> Advance:
             said = now
             rate = done / max(now - began, 1e-9)
             left = "" if finished else f"  {clock((total - done) / rate)} left"
-            line = f"{title} {round(done)}/{total}  {rate:.1f} images/s{left}"
-            console.print(line, highlight=False, soft_wrap=True)
+            say(console, f"{title} {round(done)}/{total}  {rate:.1f} images/s{left}")
 
     return advance
 

@@ -16,7 +16,7 @@ from ..processes import Processes, choose_device, choose_precision
 from ..provenance import environment
 from ..sampling import load_pipeline
 from ..settings import refuse_flags
-from ..terminal import PlainConsole
+from ..terminal import PlainConsole, say
 from ..training.pretrained import network_config
 from .latency import bench_latency
 from .memory import bench_memory
@@ -65,7 +65,7 @@ def bench_command(arguments: Any) -> None:
     if arguments.out:
         check_writable(arguments.out)
     what = f"{model.num_parameters() / 1e6:.1f} M parameters, images of {size[0]}x{size[1]}"
-    console.print(f"{arguments.what}: {arguments.model}, {what}, {device.type}", highlight=False)
+    say(console, f"{arguments.what}: {arguments.model}, {what}, {device.type}")
     with console.status("measuring"), as_compiled_as_told() if arguments.compile else contextlib.nullcontext():
         result, asked = _measure(arguments, model, size, device)
     for line in _table(result):

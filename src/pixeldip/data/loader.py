@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from ..recipe import DataSection, image_size
+from ..terminal import say
 from .order import EpochOrder, PositionSampler, is_flipped
 from .sources import Source
 from .transforms import BrokenImage, centre_crop
@@ -144,7 +145,7 @@ def check_broken(broken: dict[int, str], source: Source, section: DataSection) -
 
 def report_broken(broken: dict[int, str], console: Console) -> None:
     for why in broken.values():
-        console.print(f"skipped, cannot be read: {why}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"skipped, cannot be read: {why}", "yellow")
 
 
 def _collate(items: list[tuple[np.ndarray, int, int, dict[int, str]]]) -> Batch:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..data import NpzFile
 from ..errors import UserError
+from ..terminal import warn
 from .extractors import Extractor
 from .image_sets import ImageSet
 from .stream import Measured
@@ -62,7 +63,7 @@ def save_entry(path: Path, measured: Measured, extractor: Extractor, console: Co
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        console.print(f"reference features not cached in {path.parent}: {error.strerror}", style="yellow")
+        warn(console, f"reference features not cached in {path.parent}: {error.strerror}")
 
 
 def load_entry(path: Path, measured: Measured, extractor: Extractor, console: Console) -> bool:
@@ -73,7 +74,7 @@ def load_entry(path: Path, measured: Measured, extractor: Extractor, console: Co
         file = NpzFile(path)
         arrays = {name: file.load(name) for name in {"digests", "columns", "rows", "range", *file.keys}}
     except UserError as error:
-        console.print(f"a damaged cache entry is made anew: {error}", style="yellow", highlight=False)
+        warn(console, f"a damaged cache entry is made anew: {error}")
         return False
     for output in extractor.outputs:
         feature = extractor.name, output

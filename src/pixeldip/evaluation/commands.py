@@ -10,7 +10,7 @@ from ..processes import choose_precision, start_processes
 from ..run_folder import names_a_model
 from ..sampling import SampledImages, chosen_settings, image_writer, load_pipeline
 from ..settings import SamplingFlags, refuse_flags
-from ..terminal import PlainConsole, image_progress, warn
+from ..terminal import PlainConsole, image_progress, say, warn
 from .extractors import load_together
 from .image_sets import open_images
 from .reference import write_reference
@@ -83,9 +83,8 @@ def reference_command(arguments: Any) -> None:
                 {"data": arguments.data, "split": arguments.split},
                 start_pass("Reference", len(images)),
             )
-        console.print(
+        say(
+            console,
             f"{arguments.out}: statistics of {len(images)} images of {images.height}x{images.width}, "
             f"{min(len(images), arguments.images)} of them in arr_0",
-            highlight=False,
-            soft_wrap=True,
         )

@@ -17,7 +17,7 @@ from ..files import write_json
 from ..images import SETTINGS
 from ..sampling import SampledImages
 from ..settings import EvaluationOptions
-from ..terminal import warn
+from ..terminal import say, warn
 from .image_sets import ImageSet, SourceImages
 from .reference import Reference
 from .registry import FULL_SIZE, METRICS, label
@@ -69,15 +69,13 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         table.add_row(label(name, count) + patches, f"{metric.scale * value:.4g}", *parts, metric.better)
     console.print(table)
     if any("samples" in known for known in evaluation.floors.values()):
-        console.print(
-            "* as many samples as real images, against the same part of the reference: compare these two columns",
-            style="dim",
-        )
+        text = "* as many samples as real images, against the same part of the reference: compare these two columns"
+        console.print(text, style="dim")
     if near := evaluation.record.get("nearest"):
-        console.print(
+        say(
+            console,
             f"{near['closer_than_99_percent_of_real']:.1%} of the samples are nearer to a training image than all but "
             f"1% of the real images ({near['real_is']}); many more than 1% means copying",
-            highlight=False,
         )
     for warning in evaluation.warnings:
         warn(console, warning)

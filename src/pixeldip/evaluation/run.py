@@ -19,7 +19,7 @@ from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
 from ..sampling import ImageWriter
 from ..settings import EvaluationOptions
-from ..terminal import Advance, PlainConsole, image_progress, printable
+from ..terminal import Advance, PlainConsole, image_progress, printable, say
 from .extractors import Extractor, load_together
 from .image_sets import ImageSet, SourceImages, open_images
 from .record import (
@@ -183,7 +183,7 @@ class Evaluator:
             self.console,
         )
         if reference.from_cache:
-            self.console.print(f"{title}: features of {len(reference.images)} from the cache", highlight=False)
+            say(self.console, f"{title}: features of {len(reference.images)} from the cache")
 
     def _check_reference(self) -> None:
         reference = self.reference

@@ -10,7 +10,7 @@ from rich.table import Table
 from .. import __version__
 from ..provenance import command
 from ..recipe import image_size, recipe_values
-from ..terminal import clock, warn
+from ..terminal import clock, say, warn
 from ..training.devices import DEVICES
 from .figures import USABLE, Plan, Row
 
@@ -45,13 +45,13 @@ def show(plan: Plan, console: Console) -> None:
         f"the last {training.keep_last} and the one being written"
     )
     for line in lines:
-        console.print(line, soft_wrap=True)
+        say(console, line)
     console.print(_table(plan))
     for row in plan.rows:
         if row.warning:
             warn(console, row.warning)
     for note in (*plan.notes, *ALWAYS_SAID):
-        console.print(f"- {note}", soft_wrap=True)
+        say(console, f"- {note}")
 
 
 def _table(plan: Plan) -> Table:

@@ -20,7 +20,7 @@ from ..provenance import environment
 from ..recipe import Recipe, load_recipe, recipe_values
 from ..run_folder import training_rate
 from ..sampling import SampledImages, load_pipeline
-from ..terminal import clock, some
+from ..terminal import clock, say, some
 from ..training import train
 from .folder import COSTS, RESULT, SAMPLES, alone_in, check_report, claim, read_json, write_result
 from .measures import evaluator_of, measure_costs, measure_quality
@@ -125,7 +125,7 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
         return comparison.report(study, options.out, contenders, options.seeds)
 
     page = alone_in(options.device, console, conclude)
-    console.print(f"done; open {page}", highlight=False, soft_wrap=True)
+    say(console, f"done; open {page}")
     return 0
 
 

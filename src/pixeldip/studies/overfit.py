@@ -22,7 +22,7 @@ from ..provenance import environment
 from ..recipe import Recipe, image_size, load_recipe, recipe_values
 from ..report import data_uri, light_frame, machine, to_svg, write_pages
 from ..run_folder import read_metrics, training_rate
-from ..terminal import clock
+from ..terminal import clock, say
 from ..training import train
 from ..training.preparation import check_recipe
 from ..training.preview import read_previews
@@ -95,7 +95,7 @@ def run_overfit(
             return 128 + outcome.interrupted_by
         alone_in(device, console, functools.partial(_measure, folder, recipe, source / photo.name, contender))
     page = alone_in(device, console, lambda _: _write_report(out, scale, source / photo.name))
-    console.print(f"done; open {page}", highlight=False, soft_wrap=True)
+    say(console, f"done; open {page}")
     return 0
 
 

@@ -16,7 +16,7 @@ from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline, weights_sha256
-from ..terminal import PlainConsole, warn
+from ..terminal import PlainConsole, say, warn
 from .folder import check_report, claim, write_result
 from .sweep_report import SHOWN, is_there, result_file, settings_there, write_sweep_report
 from .sweep_settings import Setting, combinations
@@ -106,7 +106,7 @@ def sweep_command(arguments: Any) -> int:
             processes.on_main(lambda s=setting, f=first, e=evaluation: _keep(arguments.out, s, f, e.record, processes))
         if processes.is_main:
             page = write_sweep_report(arguments.out, settings)
-            console.print(f"done; open {page}", highlight=False, soft_wrap=True)
+            say(console, f"done; open {page}")
         processes.barrier()
     return 0
 

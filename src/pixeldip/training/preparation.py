@@ -24,6 +24,7 @@ from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint, read_metrics
 from ..saved_model import INDEX
+from ..terminal import say
 from .pretrained import Start
 from .schedule import learning_rate
 
@@ -245,16 +246,15 @@ def introduce(
     height, width = image_size(recipe.data)
     precision = choose_precision(recipe.training.precision, processes.device)
     classes = f"{len(source.class_names)} classes" if source.class_names else "no classes"
-    console.print(
+    say(
+        console,
         f"{len(source)} images, {classes}, at {height}x{width}; {model.num_parameters() / 1e6:.1f} M parameters; "
         f"{processes.world_size} x {processes.device.type}, {precision_name(precision)}; "
         + (f"resumed in {recipe.out} after step {first_step}" if first_step else f"run folder {recipe.out}"),
-        highlight=False,
-        soft_wrap=True,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sentences = start.sentences() if start and not first_step else []
     if recipe.model.lora_rank:
         sentences.append(f"LoRA: {trained / 1e6:.2f} M parameters are trained")
     for sentence in sentences:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        say(console, sentence)

@@ -19,7 +19,7 @@ from ..model import DiP
 from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import METRICS
-from ..terminal import clock, warn
+from ..terminal import clock, say, warn
 from .devices import peak_flops
 
 SLOW_IMAGES = 0.1  # of the time, waited for images, from which on the log says so
@@ -118,7 +118,7 @@ class Progress:
         if self._status:
             self._status.update(line)
         else:
-            self.console.print(line, highlight=False, soft_wrap=True)
+            say(self.console, line)
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Logs the metrics of the weights after a step, with what real images score."""
@@ -126,7 +126,7 @@ class Progress:
         for tracker in self.trackers:
             tracker.log({f"evaluation/{name}": value for name, value in evaluation.metrics.items()}, step)
         values = "  ".join(f"{name} {value:.4g}" for name, value in evaluation.metrics.items())
-        self.console.print(f"step {step}: {values}", highlight=False, soft_wrap=True)
+        say(self.console, f"step {step}: {values}")
 
     def divergence(self, steps: list[dict[str, Any]]) -> None:
         """Records the steps that were left out because they diverged."""

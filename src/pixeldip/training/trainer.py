@@ -28,7 +28,7 @@ from ..provenance import restart
 from ..recipe import Recipe
 from ..run_folder import NETWORK, PIPELINE
 from ..saved_model import check_saved_model
-from ..terminal import PlainConsole, warn
+from ..terminal import PlainConsole, say, warn
 from .checkpoint import Checkpoints, load_checkpoint, sound_checkpoint
 from .divergence import Watch, check_divergence
 from .failures import explained
@@ -113,7 +113,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     learner = Learner(recipe, model, processes)
     first_step = load_checkpoint(checkpoint, learner.network, learner.ema, learner.optimizer) if checkpoint else 0
     if first_step >= training.steps:
-        console.print(f"{run}: all {first_step} steps are done; raise --training.steps to go on", soft_wrap=True)
+        say(console, f"{run}: all {first_step} steps are done; raise --training.steps to go on")
         return Outcome(run, first_step)
     images = TrainingImages(source, recipe.data, training.seed)
     if images.fits_in_memory():
@@ -213,7 +213,7 @@ def _loop(
                 if progress:
                     progress.event("interrupted", step=done, signal=next(iter(caught), signal.SIGTERM))
                 processes.barrier()
-                console.print(f"stopped after step {done}; the same command goes on from there", soft_wrap=True)
+                say(console, f"stopped after step {done}; the same command goes on from there")
                 return Outcome(run, done, next(iter(caught), signal.SIGTERM))
         saved.wait()
         processes.barrier()
