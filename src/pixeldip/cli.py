@@ -171,9 +171,9 @@ def train(arguments: list[str]) -> int:
 
     console = PlainConsole()  # quiet in all processes but the main one from here on
     outcome = run_training(recipe, console)
-    if outcome.interrupted_by is None:
+    if not outcome.status:
         say(console, f"sample it: pixeldip sample {shlex.quote(str(outcome.run))}")
-    return 128 + outcome.interrupted_by if outcome.interrupted_by else 0
+    return outcome.status
 
 
 @dataclass

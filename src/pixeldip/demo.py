@@ -63,8 +63,8 @@ def run_demo(arguments: DemoArguments) -> int:
     if arguments.steps is not None:
         recipe.training.steps = arguments.steps
     outcome = train(recipe, console)
-    if outcome.interrupted_by is not None:
-        return 128 + outcome.interrupted_by
+    if outcome.status:
+        return outcome.status
     recipe.training.steps = outcome.step  # more than were asked for, if the run had done them before
     with console.status("sampling"):
         path = write_report(recipe, device, time.perf_counter() - began)

@@ -114,8 +114,8 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
         console.rule(f"run {number} of {len(runs)}: {contender.label}, seed {seed}{remaining}", align="left")
         recipe = contender_recipe(base, contender, seed, str(folder))
         outcome = train(recipe, console)
-        if outcome.interrupted_by is not None:
-            return 128 + outcome.interrupted_by
+        if outcome.status:
+            return outcome.status
         _measure(comparison, folder, recipe, held_out, {"contender": contender.name, "seed": seed}, console)
 
     def conclude(processes: Processes) -> Path:

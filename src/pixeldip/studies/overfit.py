@@ -91,8 +91,8 @@ def run_overfit(
         console.rule(contender.label, align="left")
         recipe = contender_recipe(base, contender, 0, str(folder))
         outcome = train(recipe, console)
-        if outcome.interrupted_by is not None:
-            return 128 + outcome.interrupted_by
+        if outcome.status:
+            return outcome.status
         alone_in(device, console, functools.partial(_measure, folder, recipe, source / photo.name, contender))
     page = alone_in(device, console, lambda _: _write_report(out, scale, source / photo.name))
     say(console, f"done; open {page}")

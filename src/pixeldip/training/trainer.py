@@ -63,6 +63,11 @@ class Outcome:
     step: int
     interrupted_by: int | None = None
 
+    @property
+    def status(self) -> int:
+        """What a command that trains ends with: 0, or what shells call one that a signal has ended."""
+        return 0 if self.interrupted_by is None else 128 + self.interrupted_by
+
 
 def train(recipe: Recipe, console: Console | None = None) -> Outcome:
     """Trains, or resumes the run found in `recipe.out`.
