@@ -11,21 +11,28 @@ from typing import Any
 from .errors import UserError
 
 
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """In here what keeps a file or folder from being written is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def check_writable(path: Path) -> None:
     """Makes the folder of a file that is to be written at the end of long work, and tries it out.
 
     Raises:
         UserError: if no file can be written there.
     """
-    try:
+    with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder has that name")
         probe = path.with_name(f".{path.name}.probe")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 @contextlib.contextmanager

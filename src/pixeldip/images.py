@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import UserError
-from .files import replacing
+from .files import replacing, writing
 
 NOTE = "pixeldip"  # the key of the PNG text chunk that says how a picture was made
 SETTINGS = "settings.json"  # beside sampled images, how they were made
@@ -72,11 +72,8 @@ def save_png(picture: Image.Image, path: Path, made_with: dict[str, Any]) -> Non
     """
     note = PngInfo()
     note.add_text(NOTE, json.dumps(made_with))
-    try:
-        with replacing(path) as partial:
-            picture.save(partial, "PNG", pnginfo=note)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    with writing(path), replacing(path) as partial:
+        picture.save(partial, "PNG", pnginfo=note)
 
 
 def read_note(path: Path) -> dict[str, Any]:

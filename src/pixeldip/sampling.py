@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .data import NpzWriter
 from .errors import UserError
-from .files import replacing, write_json, write_text
+from .files import replacing, write_json, write_text, writing
 from .flow import LARGEST_SEED, Stream
 from .images import GRID, SETTINGS, display_scale, grid, save_png, to_uint8
 from .model import DiP
@@ -328,12 +328,10 @@ class ImageFolderWriter:
         return json.loads(json.dumps({**self.images.made_with(), "weights_sha256": weights}))
 
     def __enter__(self) -> "ImageFolderWriter":
-        try:
+        with writing(f"out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             self._refuse_images_made_otherwise()
             write_json(self.out / SETTINGS, self._made_with)
-        except OSError as error:
-            raise UserError(f"out {self.out}: cannot be written ({error.strerror})") from error
         return self
 
     def add(self, images: np.ndarray) -> None:
@@ -347,13 +345,11 @@ class ImageFolderWriter:
             self._count += 1
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        # what went wrong first is what counts
+        with writing(f"out {self.out}") if kind is None else contextlib.suppress(OSError):
             self._list_images()
             if kind is None and self._first:
                 self._summarise()
-        except OSError as cause:
-            if kind is None:  # else what went wrong first is what counts
-                raise UserError(f"out {self.out}: cannot be written ({cause.strerror or cause})") from cause
 
     def _refuse_images_made_otherwise(self) -> None:
         if not any(re.fullmatch(r"\d{6,}\.png", path.name) for path in self.out.iterdir()):

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..files import check_writable
+from ..files import check_writable, writing
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LONGEST_HEADER = 10_000
@@ -267,48 +267,42 @@ class NpzWriter:
 
     def __enter__(self) -> "NpzWriter":
         check_writable(self.path)
-        try:
+        with writing(self.path), contextlib.ExitStack() as unless_ready:
+            unless_ready.callback(self._let_go)
             self._archive = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
             self._archive.comment = self._comment
             self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
             header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(self._images, header)
-        except OSError as error:
-            self._let_go()
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+            unless_ready.pop_all()
         return self
 
     def add(self, images: np.ndarray) -> None:
         """The next images, uint8 (n, H, W, 3)."""
         if images.dtype != np.uint8 or images.shape[1:] != self.shape[1:]:
             raise ValueError(f"images {images.dtype} {images.shape}, expected uint8 (n, {self.shape[1:]})")
-        try:
+        with writing(self.path):
             self._images.write(np.ascontiguousarray(images).data)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         self._written += len(images)
 
     def finish(self, **arrays: np.ndarray) -> None:
         """Ends the images and writes further arrays; at most once, after the last `add`."""
         if self._written != self.shape[0]:
             raise ValueError(f"{self._written} images were added, expected {self.shape[0]}")
-        try:
+        with writing(self.path):
             self._images.close()
             for name, array in arrays.items():
                 with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
                 if not self._images.closed:
                     self.finish()
-                self._archive.close()
-                self._partial.replace(self.path)
-        except OSError as cause:
-            raise UserError(f"{self.path}: cannot be written ({cause.strerror or cause})") from cause
+                with writing(self.path):
+                    self._archive.close()
+                    self._partial.replace(self.path)
         finally:
             self._let_go()
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..data import NpzImages
 from ..errors import UserError
-from ..files import write_json
+from ..files import write_json, writing
 from ..images import SETTINGS
 from ..sampling import SampledImages
 from ..settings import EvaluationOptions
@@ -48,11 +48,9 @@ class Evaluation:
         Raises:
             UserError: if it cannot be written.
         """
-        try:
+        with writing(f"out {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, self.record)
-        except OSError as error:
-            raise UserError(f"out {path}: cannot be written ({error.strerror or error})") from error
 
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..errors import UserError
+from ..files import writing
 from ..run_folder import LOCK
 
 try:
@@ -30,10 +31,8 @@ def only_run(run: Path) -> Iterator[None]:
         UserError: naming the process that holds it, or if the folder cannot be written.
     """
     made = not run.exists()
-    try:
+    with writing(f"out {run}"):
         file = _locked(run)
-    except OSError as error:
-        raise UserError(f"out {run}: cannot be written ({error.strerror})") from error
     try:
         with contextlib.suppress(OSError):  # of a disk that is full: the run's own message tells more
             file.truncate(0)
