@@ -87,6 +87,8 @@ def test_a_reader_that_has_seen_enough() -> None:
         (["train", "--data.source", ".", "--optimizer.betas", "0.9", "1"], "optimizer.betas.1: input should be less"),
         (["train", "--plan", "--data.source", "fake.parquet"], "data.source fake.parquet: "),
         (["sample", "nowhere"], "no such folder"),
+        (["sample", "nowhere/"], "nowhere/: no such folder"),
+        (["evaluate", "nowhere/", "--metrics", "boundary"], "nowhere/: no such folder"),
         (["sample", "{model}", "--classes", "beee"], "perhaps 'bee'"),
         (["sample", "{model}", "--classes", "3"], "classes 0 to 2"),
         (["sample", "{model}", "--seeds", "a-b"], "seeds 'a-b'"),

@@ -144,11 +144,12 @@ def names_a_model(name: str) -> bool:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return (path / "model_index.json").is_file() or newest_checkpoint(path) is not None
-    return not path.exists() and path.suffix != ".npz" and _may_be_hub_id(name)
+    return not path.exists() and path.suffix != ".npz" and may_be_hub_id(name)
 
 
-def _may_be_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def may_be_hub_id(name: str) -> bool:
+    """Whether it is spelled as one, owner/name, and not as a folder."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
 def resolve_model(name: str) -> str:
@@ -173,6 +174,6 @@ def resolve_model(name: str) -> str:
         raise UserError(
             f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {shlex.quote(name)} OUT"
         )
-    if not _may_be_hub_id(name):
+    if not may_be_hub_id(name):
         raise UserError(f"{name}: no such folder, and not a hub id (owner/name)")
     return name

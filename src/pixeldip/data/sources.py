@@ -21,6 +21,7 @@ from pyarrow import ArrowException, parquet
 
 from ..errors import UserError
 from ..recipe import DataSection
+from ..run_folder import may_be_hub_id
 from ..terminal import printable
 from .image_folder import OTHER_PICTURES, SPLITS, Pictures, image_folder, is_image, passed_over, walk
 from .transforms import BrokenImage, decode, upright_size
@@ -241,7 +242,7 @@ def _builder(source: str, split: str) -> tuple[str, dict[str, Any], Pictures | N
             raise UserError(f"data.source {source}: {_first_line(error)}") from error
     if "://" in source:
         return *_remote(source, split), None
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and not source.endswith("/"):
+    if may_be_hub_id(source):
         return source, {}, None
     raise UserError(f"data.source {source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
 
