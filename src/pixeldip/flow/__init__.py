@@ -10,7 +10,6 @@ from .path import (
     interpolate,
     logit_normal_times,
     shift_times,
-    uniform_times,
     velocity,
 )
 from .schedulers import check_flow_scheduler, follow_scheduler, is_default_scheduler, set_times
@@ -42,6 +41,5 @@ __all__ = [
     "start_state",
     "steps_within",
     "time_grid",
-    "uniform_times",
     "velocity",
 ]

@@ -8,7 +8,7 @@ network is a velocity on the straight path: the solvers and the guidance need no
 import torch
 from torch import Tensor
 
-from .path import interpolate, velocity
+from .path import interpolate, like, velocity
 
 NEAREST_DATA = 0.05  # 1 - t is held above this where a predicted image is divided by it
 VP_BETA_0, VP_BETA_1 = 0.1, 20.0
@@ -43,7 +43,7 @@ class ImageObjective(VelocityObjective):
     follows from it (JiT, Li & He 2025)."""
 
     def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return (output - x_t) / (1 - _like(t, x_t)).clamp(min=NEAREST_DATA)
+        return (output - x_t) / (1 - like(t, x_t)).clamp(min=NEAREST_DATA)
 
 
 class NoiseObjective(VelocityObjective):
@@ -70,15 +70,15 @@ class NoiseObjective(VelocityObjective):
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 1's state, of unit variance for data of unit variance, and r."""
-        t_image = _like(t, x_t)
+        t_image = like(t, x_t)
         return x_t * torch.rsqrt(t_image.square() + (1 - t_image).square()), self.schedule_time(t)
 
     def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return (x_t - output) / _like(t, x_t).clamp(min=VP_NOISIEST)
+        return (x_t - output) / like(t, x_t).clamp(min=VP_NOISIEST)
 
     def loss(self, v: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 4's squared error of the noise, which is t^2 times that of the velocity."""
-        x_t, t_image = interpolate(x, noise, t), _like(t, x)
+        x_t, t_image = interpolate(x, noise, t), like(t, x)
         return (x_t.float() - t_image * v.float() - noise.float()).square().flatten(1).mean(1)
 
 
@@ -87,7 +87,3 @@ OBJECTIVES: dict[str, VelocityObjective] = {
     "image": ImageObjective(),
     "noise": NoiseObjective(),
 }
-
-
-def _like(t: Tensor, x: Tensor) -> Tensor:
-    return t.view(-1, 1, 1, 1).to(x.dtype)

@@ -13,9 +13,14 @@ VelocityNetwork = Callable[[Tensor, Tensor, Tensor], Tensor]
 """f(x, t, y): x (B, C, H, W), t (B,) and labels y (B,) -> (B, C, H, W); y (G, B), G labels each -> (G, B, C, H, W)."""
 
 
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """t (B,) as (B, 1, 1, 1) in the dtype of x (B, C, H, W)."""
+    return t.view(-1, 1, 1, 1).to(x.dtype)
+
+
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t for x, noise (B, C, H, W) and t (B,)."""
-    t = t.view(-1, 1, 1, 1).to(x.dtype)
+    t = like(t, x)
     return t * x + (1 - t) * noise
 
 
@@ -27,11 +32,6 @@ def velocity(x: Tensor, noise: Tensor) -> Tensor:
 def clean_image(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The image a velocity (B, C, H, W) points to from x_t at t (B,): x_t + (1 - t) v."""
     return x_t + (1 - t.view(-1, 1, 1, 1)) * v
-
-
-def uniform_times(u: Tensor) -> Tensor:
-    """u, uniform in (0, 1), taken as it is."""
-    return u
 
 
 def logit_normal_times(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -88,11 +88,6 @@ def adams_bashforth2(velocity: Velocity, x: Tensor, times: Sequence[float], on_s
     return x
 
 
-def ddim(velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep | None = None) -> Tensor:
-    """DDIM (Song et al. 2021, eta = 0): on the straight path its step is Euler's."""
-    return euler(velocity, x, times, on_step)
-
-
 def ancestral(
     velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep | None = None, *, noise: FreshNoise
 ) -> Tensor:
@@ -117,7 +112,7 @@ SOLVERS: dict[str, Callable[..., Tensor]] = {
     "euler": euler,
     "heun": heun,
     "ab2": adams_bashforth2,
-    "ddim": ddim,
+    "ddim": euler,  # Song et al. 2021, eta = 0: on the straight path its step is Euler's
     "ancestral": ancestral,
 }
 

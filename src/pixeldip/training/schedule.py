@@ -6,15 +6,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from ..flow import (
-    Stream,
-    VelocityObjective,
-    drop_classes,
-    fold_seed,
-    logit_normal_times,
-    shift_times,
-    uniform_times,
-)
+from ..flow import Stream, VelocityObjective, drop_classes, fold_seed, logit_normal_times, shift_times
 from ..recipe import FlowSection, OptimizerSection
 
 
@@ -39,10 +31,9 @@ def draw(
         generator.manual_seed(fold_seed(seed, Stream.OBJECTIVE, position))
         noise[i].normal_(generator=generator)
         uniforms[i].uniform_(generator=generator)
-    if (section.time_distribution or objective.times) == "uniform":
-        r = uniform_times(uniforms[:, 0])
-    else:
-        r = logit_normal_times(uniforms[:, 0], section.time_mean, section.time_std)
+    r = uniforms[:, 0]
+    if (section.time_distribution or objective.times) == "logit_normal":
+        r = logit_normal_times(r, section.time_mean, section.time_std)
     labels = batch.labels.to(x.device, non_blocking=True)
     return (
         drop_classes(labels, uniforms[:, 1], section.class_dropout, null_class),
