@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Block, TimeEmbedding, modulate, rope_2d, sinusoids_2d
+from .layers import Block, TimeEmbedding, modulate, rope_2d, sinusoids_2d, xavier
 
 
 class Backbone(nn.Module):
@@ -37,11 +37,7 @@ class Backbone(nn.Module):
     def _initialise(self) -> None:
         # Every residual branch starts closed (adaLN-Zero, Peebles & Xie 2023, Sec. 3.2): the modulation
         # is zero, so each gate is. The other layers keep unit-variance defaults.
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier(self)
         nn.init.normal_(self.class_embed.weight, std=0.25)  # about that of the time's embedding
         nn.init.normal_(self.time_embed.fc1.weight, std=0.02)
         nn.init.normal_(self.time_embed.fc2.weight, std=0.02)

@@ -1,4 +1,4 @@
-"""Layers of the backbone: embeddings, 2-D rotary attention, SwiGLU, the DiT block.
+"""Layers of the backbone: embeddings, 2-D rotary attention, SwiGLU, the DiT block; and how layers of all parts start.
 
 B batch, N patches in raster order, D hidden size, h heads, d = D / h.
 """
@@ -21,6 +21,22 @@ ROPE_BASE = 10000.0
 TIME_FEATURES = 256
 TIME_MAX_PERIOD = 10.0
 FEW_TOKENS = 512
+
+
+def xavier(module: nn.Module) -> None:
+    """Draws the weights of linear layers, the module itself or in it, with Xavier's variance; biases are zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def start_small(out: nn.Linear | nn.Conv2d) -> None:
+    """Draws the last layer of a head with a standard deviation of 0.01 / sqrt(fan-in): not zero, so that a gradient
+    reaches the whole head from the first step."""
+    nn.init.normal_(out.weight, std=0.01 * out.weight[0].numel() ** -0.5)
+    nn.init.zeros_(out.bias)
 
 
 def untouched(modules: Sequence[nn.Module], *kinds: type[nn.Module]) -> bool:
@@ -78,6 +94,15 @@ class TimeEmbedding(nn.Module):
         return self.fc2(F.silu(self.fc1(time_features(t).to(self.fc1.weight.dtype))))
 
 
+def _angles(rows: int, columns: int, size: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Of each patch's column (x) and of its row (y), (N, size / 4) each: places times the frequencies
+    10000^(-4i / size)."""
+    frequencies = ROPE_BASE ** (-4.0 * torch.arange(size // 4, device=device, dtype=torch.float32) / size)
+    x = torch.linspace(0, ROPE_EXTENT, columns, device=device).repeat(rows)
+    y = torch.linspace(0, ROPE_EXTENT, rows, device=device).repeat_interleave(columns)
+    return x[:, None] * frequencies, y[:, None] * frequencies
+
+
 def rope_2d(rows: int, columns: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the 2-D rotary embedding for each channel, (N, 1, d) float32; the sines of a pair's first
     channel are negative.
@@ -85,19 +110,14 @@ def rope_2d(rows: int, columns: int, head_dim: int, device: torch.device | None 
     Channel pair 2i turns with the column (x), pair 2i + 1 with the row (y), both at
     frequency 10000^(-4i / d). Real arithmetic only, so that it compiles.
     """
-    frequencies = ROPE_BASE ** (-4.0 * torch.arange(head_dim // 4, device=device, dtype=torch.float32) / head_dim)
-    x = torch.linspace(0, ROPE_EXTENT, columns, device=device).repeat(rows)
-    y = torch.linspace(0, ROPE_EXTENT, rows, device=device).repeat_interleave(columns)
-    angles = torch.stack([x, y], dim=-1)[:, None, :] * frequencies[None, :, None]  # (N, d/4, 2)
-    cos, sin = angles.flatten(1).cos(), angles.flatten(1).sin()
+    angles = torch.stack(_angles(rows, columns, head_dim, device), dim=-1).flatten(1)  # (N, d/2)
+    cos, sin = angles.cos(), angles.sin()
     return torch.stack([cos, cos], dim=-1).flatten(1)[:, None], torch.stack([-sin, sin], dim=-1).flatten(1)[:, None]
 
 
 def sinusoids_2d(rows: int, columns: int, size: int, device: torch.device | None = None) -> Tensor:
     """Cosines and sines of each patch's column, then of its row: (N, size) float32, at the rotary positions."""
-    frequencies = ROPE_BASE ** (-4.0 * torch.arange(size // 4, device=device, dtype=torch.float32) / size)
-    x = torch.linspace(0, ROPE_EXTENT, columns, device=device).repeat(rows)[:, None] * frequencies
-    y = torch.linspace(0, ROPE_EXTENT, rows, device=device).repeat_interleave(columns)[:, None] * frequencies
+    x, y = _angles(rows, columns, size, device)
     return torch.cat([x.cos(), x.sin(), y.cos(), y.sin()], dim=-1)
 
 

@@ -8,6 +8,8 @@ B images, G conditions of each, N patches, C channels, P patch side, D hidden si
 
 from torch import Tensor, nn
 
+from .layers import xavier
+
 PLACEMENTS = ("post", "intermediate", "hybrid")
 
 
@@ -36,8 +38,7 @@ class Injection(nn.Module):
         self.context = context
         self.detailer = detailer
         self.project = nn.Linear(patch_dim, hidden_size)
-        nn.init.xavier_uniform_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
+        xavier(self.project)
 
     def forward(self, patches: Tensor, s: Tensor, time: Tensor, c: Tensor, g: int) -> Tensor:
         """Patches (B, N, C, P, P), tokens (G B, N, D), time embedding and condition (G B, D) -> tokens (G B, N, D)."""

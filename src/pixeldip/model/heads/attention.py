@@ -3,13 +3,12 @@
 M = B * N patches, C channels, P patch side, D hidden size, w width.
 """
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
 from ..backbone import TimeContext
-from ..layers import Block, RMSNorm, rope_2d
-from .pixels import POSITION_FEATURES, from_pixels, position_features, to_pixels
+from ..layers import Block, RMSNorm, rope_2d, start_small, xavier
+from .pixels import POSITION_FEATURES, from_pixels, to_pixels
 
 DEFAULT_WIDTH = 64
 DEFAULT_DEPTH = 4
@@ -42,22 +41,13 @@ class AttentionHead(nn.Module):
         )
         self.norm = RMSNorm(width)
         self.out = nn.Linear(width, in_channels)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.normal_(self.out.weight, std=0.01 * self.out.in_features**-0.5)
+        xavier(self)
+        start_small(self.out)
 
     def forward(self, patch: Tensor, context: Tensor) -> Tensor:
         """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P)."""
         p = patch.shape[-1]
-        pixels = to_pixels(patch)  # (M, P*P, C)
-        positions = position_features(p, patch.device).to(pixels.dtype)
-        h = self.embed(torch.cat([pixels, positions.expand(pixels.shape[0], -1, -1)], dim=-1))
+        h = self.embed(to_pixels(patch))
         rope = rope_2d(p, p, PIXEL_HEAD_DIM, device=patch.device)
         for block in self.blocks:
             h = block(h, context, rope)

@@ -3,13 +3,12 @@
 M = B * N patches, C channels, P patch side, D hidden size, w width.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import TimeContext
-from ..layers import RMSNorm
-from .pixels import POSITION_FEATURES, from_pixels, position_features, to_pixels
+from ..layers import RMSNorm, start_small, xavier
+from .pixels import POSITION_FEATURES, from_pixels, to_pixels
 
 DEFAULT_WIDTH = 64
 DEFAULT_DEPTH = 4
@@ -32,19 +31,12 @@ class CoordinateMLPHead(nn.Module):
         )
         self.norm = RMSNorm(width)
         self.out = nn.Linear(width, in_channels)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        nn.init.xavier_uniform_(self.embed.weight)
-        nn.init.zeros_(self.embed.bias)
-        nn.init.normal_(self.out.weight, std=0.01 * self.out.in_features**-0.5)
-        nn.init.zeros_(self.out.bias)
+        xavier(self.embed)
+        start_small(self.out)
 
     def forward(self, patch: Tensor, context: Tensor) -> Tensor:
         """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P)."""
-        pixels = to_pixels(patch)  # (M, P*P, C)
-        positions = position_features(patch.shape[-1], patch.device).to(pixels.dtype)
-        h = self.embed(torch.cat([pixels, positions.expand(pixels.shape[0], -1, -1)], dim=-1))
+        h = self.embed(to_pixels(patch))
         for block in self.blocks:
             h = block(h, context)
         return from_pixels(self.out(self.norm(h)), patch.shape)

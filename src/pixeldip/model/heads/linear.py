@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..backbone import AdaLNContext
+from ..layers import start_small
 
 
 class LinearHead(nn.Module):
@@ -25,8 +26,7 @@ class LinearHead(nn.Module):
         if width is not None or depth is not None:
             raise UserError("head_width and head_depth mean nothing to head='linear'; leave them out, or say None")
         self.out = nn.Linear(hidden_size, in_channels * patch_size**2)
-        nn.init.normal_(self.out.weight, std=0.01 * hidden_size**-0.5)
-        nn.init.zeros_(self.out.bias)
+        start_small(self.out)
 
     def forward(self, patch: Tensor, context: Tensor) -> Tensor:
         """patch (M, C, P, P), context (M, D) -> velocity (M, C, P, P)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import TimeContext
+from ..layers import start_small
 
 DEFAULT_DEPTH = 2
 
@@ -36,8 +37,7 @@ class MLPHead(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=(2.0 / layer.in_features) ** 0.5)
                 nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.out.weight, std=0.01 * self.out.in_features**-0.5)
-        nn.init.zeros_(self.out.bias)
+        start_small(self.out)
 
     def forward(self, patch: Tensor, context: Tensor) -> Tensor:
         """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P)."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..backbone import TimeContext
-from ..layers import untouched
+from ..layers import start_small, untouched
 
 Kernels = tuple[Tensor, ...]
 """What convolutions are computed with in place of their weights: `compose` and `as_matrix` make them."""
@@ -76,7 +76,7 @@ class UNetHead(nn.Module):
                 fan_in = module.weight.shape[0] if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
                 nn.init.normal_(module.weight, std=(2.0 / fan_in) ** 0.5)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.out.weight, std=0.01 * self.out.weight[0].numel() ** -0.5)
+        start_small(self.out)
 
     def forward(self, patch: Tensor, context: Tensor) -> Tensor:
         """patch (M, C, P, P) of x_t, context (M, D) -> velocity (M, C, P, P).
