@@ -96,7 +96,7 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
         "figures": figures,
         "samples": samples,
         "warnings": sorted({warning for row in rows for result in row.results for warning in result["warnings"]}),
-        "commands": _commands(settings, rows),
+        "commands": _commands(rows),
         "seeds": seeds,
     }
     return write_pages(out, "comparison", content)
@@ -199,7 +199,7 @@ def _facts(settings: dict[str, Any], rows: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def _commands(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+def _commands(rows: Sequence[Row]) -> list[str]:
     first = rows[0].results[0]["recipe"]["out"]
     runs = dict.fromkeys(r["command"] for row in rows for r in row.results)
     return [*runs, f"pixeldip train {first}/recipe.yaml   # one run again; recipe.yaml is in every run's folder"]
