@@ -30,10 +30,8 @@ class Gallery:
         now = time.time_ns() // 1_000_000
         stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now // 1000))}-{now % 1000:03d}"
         for i in reversed(range(len(images))):  # the first image becomes the newest file, and the first one shown
-            name = f"{stamp}-{len(images) - 1 - i:03d}.png"
-            written = self.folder / f".{name}"
-            save_png(Image.fromarray(pixels[i]), written, images.one_made_with(i))
-            written.rename(self.folder / name)
+            file = self.folder / f"{stamp}-{len(images) - 1 - i:03d}.png"
+            save_png(Image.fromarray(pixels[i]), file, images.one_made_with(i))
 
     def newest(self) -> list[Path]:
         """The pictures to show, the newest first."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..files import replacing
 from ..images import display_scale, grid
 from ..model import DiP
 from ..pipeline import DiPPipeline
@@ -35,10 +36,9 @@ def save_preview(run: Path, step: int, model: DiP, pipeline: dict[str, Any], pre
     images = sampler(labels, seeds=range(preview.images), **preview.pipeline_arguments()).images
     folder = run / PREVIEWS
     folder.mkdir(exist_ok=True)
-    file = folder / f"{step_name(step)}.png"
-    written = file.with_name(f".{file.name}")  # the app may be looking into the folder
-    grid(images, columns, gap=GAP, scale=display_scale(images[0].width, SHOWN_WIDTH)).save(written)
-    written.replace(file)
+    sheet = grid(images, columns, gap=GAP, scale=display_scale(images[0].width, SHOWN_WIDTH))
+    with replacing(folder / f"{step_name(step)}.png") as partial:  # the app may be looking into the folder
+        sheet.save(partial, "PNG")
 
 
 def read_previews(run: Path, size: tuple[int, int], images: int) -> dict[int, list[np.ndarray]]:
