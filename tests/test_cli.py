@@ -28,13 +28,17 @@ from .conftest import largest_file, opened_up, tiny_recipe
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; from pixeldip.cli import main; main(['--help']); "
+        "import contextlib, sys\n"
+        "from pixeldip.cli import COMMANDS, main\n"
+        "for command in ([], *([name] for name in COMMANDS), ['evaluate', 'reference']):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        main([*command, '--help'])\n"
         "print('torch' in sys.modules, 'diffusers' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.endswith("False False\n")
     for command in COMMANDS:
-        assert f"  {command} " in output
+        assert f"  {command} " in output and f"usage: pixeldip {command} " in output
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not told")

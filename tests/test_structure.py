@@ -13,6 +13,7 @@ ORDER = [
     "terminal",
     "settings",
     "recipe",
+    "arguments",
     "run_folder",
     "heartbeat",
     "processes",

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pixeldip import DiP, DiPPipeline
-from pixeldip.cli import SweepArguments, main
+from pixeldip.arguments import SweepArguments
+from pixeldip.cli import main
 from pixeldip.studies.sweep import FirstImages, classes_like, reference_images
 from pixeldip.studies.sweep_report import Row, _lines, verdict
 from pixeldip.studies.sweep_settings import Setting, combinations

@@ -4,14 +4,14 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .arguments import DemoArguments
 from .data import open_source
 from .evaluation import ArrayImages
 from .evaluation.extractors import load_extractor
@@ -25,7 +25,6 @@ from .provenance import made_by
 from .recipe import Recipe, image_size, load_recipe
 from .report import demo_page
 from .sampling import load_pipeline
-from .settings import NonNegative, Positive
 from .terminal import PlainConsole, say
 from .training import train
 
@@ -36,23 +35,8 @@ PATH_IMAGES = 8
 FLOOR_SPLITS = 20
 
 
-@dataclass
-class DemoArguments:
-    """Train a small DiP on the bundled pictures, sample it, and write one HTML page about it.
-
-    Interrupted with Ctrl-C, it saves; the same command goes on from there.
-    """
-
-    out: Path = Path("runs/demo")
-    """The run folder; the page is its report.html."""
-    steps: Positive | None = None
-    """Optimizer steps; by default the recipe's."""
-    seed: NonNegative = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
 def run_demo(arguments: DemoArguments) -> int:
-    """Returns the exit status: 0, or 130 when interrupted during training."""
+    """What `pixeldip demo` does. Returns the exit status: 0, or 130 when interrupted during training."""
     began = time.perf_counter()
     console = PlainConsole()
     device = choose_device(arguments.device)

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from .arguments import ExportArguments
 from .errors import UserError
 from .files import check_writable, write_json, writing
 from .flow import VelocityNetwork, time_grid
@@ -31,8 +32,8 @@ LARGEST_BATCH = 4096
 STEPS = 50
 
 
-def export_command(arguments: Any) -> None:
-    """What `pixeldip export` does with its `ExportArguments`."""
+def export_command(arguments: ExportArguments) -> None:
+    """What `pixeldip export` does."""
     console = PlainConsole()
     pipeline = load_pipeline(arguments.model, torch.device("cpu"))
     height, width = arguments.height or pipeline.config.height, arguments.width or pipeline.config.width

@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from .errors import UserError
 from .files import write_text
 from .settings import (
+    Device,
     EvaluationOptions,
     Fraction,
     NonNegative,
@@ -158,7 +159,7 @@ class TrainingSection:
     shard: bool = False
     """Split weights, gradients, optimizer and average over the processes (FSDP2), for models that fit no device."""
     seed: NonNegative = 0
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     log_every: Positive = 20
     save_every: Positive = 1000
     keep_last: Positive = 2

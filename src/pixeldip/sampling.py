@@ -19,6 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
 
+from .arguments import SampleArguments
 from .data import NpzWriter
 from .errors import UserError
 from .files import replacing, write_json, write_text, writing
@@ -235,8 +236,8 @@ def chosen_settings(flags: SamplingFlags, pipeline: DiPPipeline) -> SamplingSett
     return flags.settings(own)
 
 
-def sample_command(arguments: Any) -> None:
-    """What `pixeldip sample` does with its `SampleArguments`."""
+def sample_command(arguments: SampleArguments) -> None:
+    """What `pixeldip sample` does."""
     seeds = parse_seeds(arguments.seeds)
     with start_processes(arguments.device) as processes:
         in_turn = arguments.out.suffix != ".npz"

@@ -47,6 +47,7 @@ _PIPELINE_ARGUMENTS = {
 
 Solver = Literal["euler", "heun", "ab2", "ddim", "ancestral"]
 """The names of `flow.SOLVERS`."""
+Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "bf16", "fp32", "int8"]
 """What a model samples in; int8 is of most products of its backbone."""
 

@@ -2,16 +2,16 @@
 
 import os
 import threading
-from typing import Any
 
+from ..arguments import AppArguments
 from ..errors import UserError
 
 LAST_SECONDS = 10
 """After Ctrl-C, in which the server may take leave of the pages that are open."""
 
 
-def app_command(arguments: Any) -> None:
-    """What `pixeldip app` does with its `AppArguments`: serves the page on 127.0.0.1 until it is interrupted.
+def app_command(arguments: AppArguments) -> None:
+    """What `pixeldip app` does: serves the page on 127.0.0.1 until it is interrupted.
 
     Raises:
         UserError: if Gradio is missing, nothing is found to show, or the port is taken.

@@ -1,10 +1,9 @@
 """The page: its tabs, its looks and its queue."""
 
-from typing import Any
-
 import gradio as gr
 
 from .. import __version__
+from ..arguments import AppArguments
 from ..errors import UserError
 from ..processes import choose_device, choose_precision, precision_name
 from .compare import compare_tab
@@ -32,11 +31,8 @@ CSS = """
 """
 
 
-def launch_page(arguments: Any) -> gr.Blocks:
+def launch_page(arguments: AppArguments) -> gr.Blocks:
     """Serves the page in the background, on 127.0.0.1; its `local_url` is the address.
-
-    Args:
-        arguments: the `AppArguments`.
 
     Raises:
         UserError: if there is nothing to show, the gallery cannot be written, or the port is taken.

@@ -9,6 +9,7 @@ import torch
 from rich import box
 from rich.table import Table
 
+from ..arguments import BenchArguments
 from ..errors import UserError
 from ..files import check_writable
 from ..model import DiP, check_size
@@ -48,8 +49,8 @@ COLUMNS = {
 }
 
 
-def bench_command(arguments: Any) -> None:
-    """What `pixeldip bench` does with its `BenchArguments`.
+def bench_command(arguments: BenchArguments) -> None:
+    """What `pixeldip bench` does.
 
     Raises:
         UserError: if there is no such model, the size does not fit, or a flag means nothing to the benchmark.
@@ -97,7 +98,7 @@ def as_compiled_as_told() -> Iterator[None]:
 
 
 def _measure(
-    arguments: Any, model: DiP, size: tuple[int, int], device: torch.device
+    arguments: BenchArguments, model: DiP, size: tuple[int, int], device: torch.device
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The benchmark's result, and those of the arguments that it went by."""
     what, batch, rounds, compiled = arguments.what, arguments.batch, arguments.rounds, arguments.compile

@@ -1,8 +1,8 @@
-"""What `pixeldip evaluate` and `pixeldip evaluate reference` do with their arguments."""
+"""From flags to an evaluation, or a reference batch."""
 
 from dataclasses import fields
-from typing import Any
 
+from ..arguments import EvaluateArguments, ReferenceArguments
 from ..data import NpzFile
 from ..errors import UserError
 from ..files import check_writable
@@ -27,8 +27,8 @@ _OF_A_MODEL = (
 """Flags that mean nothing where images are read."""
 
 
-def evaluate_command(arguments: Any) -> None:
-    """Args: arguments: the command line's `EvaluateArguments`."""
+def evaluate_command(arguments: EvaluateArguments) -> None:
+    """What `pixeldip evaluate` does."""
     with start_processes(arguments.device) as processes:
         if arguments.out:
             processes.on_main(lambda: check_writable(arguments.out))
@@ -53,8 +53,8 @@ def evaluate_command(arguments: Any) -> None:
             evaluation.save(arguments.out)
 
 
-def reference_command(arguments: Any) -> None:
-    """Args: arguments: the command line's `ReferenceArguments`."""
+def reference_command(arguments: ReferenceArguments) -> None:
+    """What `pixeldip evaluate reference` does."""
     with start_processes(arguments.device) as processes:
         console = PlainConsole(quiet=not processes.is_main)
         told: list[str] = []

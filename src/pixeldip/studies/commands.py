@@ -1,9 +1,9 @@
-"""What `pixeldip study` does with its arguments."""
+"""The studies by name, and which flags each has."""
 
 import difflib
 from pathlib import Path
-from typing import Any
 
+from ..arguments import StudyArguments
 from ..errors import UserError
 from ..settings import refuse_flags
 from ..terminal import PlainConsole
@@ -27,8 +27,8 @@ FOREIGN = {OVERFIT.name: COMPARED, FEATURES.name: OVERFITTED + MEASURED}
 """Flags that mean nothing to a study; to the others, those of overfit."""
 
 
-def study_command(arguments: Any) -> int:
-    """Args: arguments: the command line's `StudyArguments`. Returns the exit status.
+def study_command(arguments: StudyArguments) -> int:
+    """What `pixeldip study` does. Returns the exit status.
 
     Raises:
         UserError: for every mistake in the arguments or files.

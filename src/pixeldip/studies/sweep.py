@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..arguments import SweepArguments
 from ..errors import UserError
 from ..evaluation import Evaluator
 from ..evaluation.image_sets import SourceImages, open_images
@@ -56,8 +57,8 @@ class FirstImages:
         pass
 
 
-def sweep_command(arguments: Any) -> int:
-    """What `pixeldip sweep` does with its `SweepArguments`; what is in the folder already is not measured again.
+def sweep_command(arguments: SweepArguments) -> int:
+    """What `pixeldip sweep` does; what is in the folder already is not measured again.
 
     Raises:
         UserError: for every mistake in the arguments or files.
@@ -111,7 +112,7 @@ def sweep_command(arguments: Any) -> int:
     return 0
 
 
-def reference_images(arguments: Any, size: tuple[int, int]) -> SourceImages | None:
+def reference_images(arguments: SweepArguments, size: tuple[int, int]) -> SourceImages | None:
     """The real images, with classes; None for an `.npz`, which the evaluator opens itself."""
     if arguments.reference.endswith(".npz"):
         return None

@@ -2,8 +2,8 @@
 
 import dataclasses
 import itertools
-from typing import Any
 
+from ..arguments import SweepArguments
 from ..flow import check_interval, evaluations, steps_within
 from ..settings import SamplingSettings
 
@@ -47,7 +47,7 @@ class Setting:
         )
 
 
-def combinations(arguments: Any) -> list[Setting]:
+def combinations(arguments: SweepArguments) -> list[Setting]:
     """Every combination of the values of `SweepArguments`, each once: without guidance there is no interval, and
     Heun's solver takes an odd number of evaluations.
 
