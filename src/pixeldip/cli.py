@@ -174,7 +174,7 @@ def train(arguments: list[str]) -> int:
 def sample(arguments: list[str]) -> None:
     """Sample images from a trained model into a folder or an .npz file."""
     parsed = _checked(SampleArguments, "pixeldip sample", arguments)
-    from .sampling import sample_command
+    from .sampling.commands import sample_command
 
     sample_command(parsed)
 
