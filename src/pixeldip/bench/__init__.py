@@ -12,13 +12,12 @@ from rich.table import Table
 from ..arguments import BenchArguments
 from ..errors import UserError
 from ..files import check_writable
-from ..model import DiP, check_size
+from ..model import DiP, check_size, network_config
 from ..processes import Processes, choose_device, choose_precision
 from ..provenance import environment
 from ..sampling import load_pipeline
 from ..settings import refuse_flags
 from ..terminal import PlainConsole, say
-from ..training.pretrained import network_config
 from .latency import bench_latency
 from .memory import bench_memory
 from .plot import plot

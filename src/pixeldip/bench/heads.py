@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from ..model import DiP
+from ..model import DiP, network_config
 from ..model.heads import HEADS
-from ..training.pretrained import network_config
 
 
 def other_heads(model: DiP) -> dict[str, dict[str, Any]]:

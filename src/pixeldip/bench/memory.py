@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
-from ..model import DiP
-from ..training.pretrained import network_config
+from ..model import DiP, network_config
 from .heads import other_heads
 from .latency import noise_and_labels, sampling_contender
 from .timing import Step, synchronise

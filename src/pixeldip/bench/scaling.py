@@ -11,9 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
 from ..heap import keep_freed_memory
-from ..model import DiP
+from ..model import DiP, network_config
 from ..processes import start_processes
-from ..training.pretrained import network_config
 from .latency import noise_and_labels
 from .timing import Times, take_turns
 from .training import TrainingStep

@@ -1,7 +1,10 @@
-"""Named sizes: one row each, with its parameters and what the paper measured for it."""
+"""The keywords of a `DiP`: of named sizes, one row each, with its parameters and what the paper measured for it; and of
+a saved model."""
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UserError
 
@@ -58,3 +61,8 @@ def preset_config(name: str) -> dict[str, int | str]:
         "patch_size": row.patch_size,
         "head": row.head,
     }
+
+
+def network_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `DiP` keywords among the entries of a saved configuration."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data import class_count
 from ..errors import UserError
-from ..model import DiP
+from ..model import DiP, network_config
 from ..pipeline import DiPPipeline
 from ..processes import precision_name
 from ..recipe import Recipe
@@ -21,7 +21,7 @@ from ..run_folder import NETWORK, resolve_model
 from ..settings import PlanOptions
 from ..training.devices import DEVICES
 from ..training.preparation import check_out, check_recipe, model_config
-from ..training.pretrained import check_adapted, network_config, start_from
+from ..training.pretrained import check_adapted, start_from
 from .encoder import encoder_on_paper
 from .step import PaperStep, size_of
 

@@ -17,8 +17,7 @@ from ..data import Source, changes, fingerprint
 from ..errors import UserError
 from ..files import write_json
 from ..flow import Stream, check_interval, fold_seed
-from ..model import DiP, check_size
-from ..model.presets import preset_config
+from ..model import DiP, check_size, preset_config
 from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
 from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe

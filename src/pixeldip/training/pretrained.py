@@ -4,7 +4,7 @@ D hidden size, C image channels, P patch side.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,6 @@ def load_pretrained(name: str, processes: Processes) -> DiPPipeline:
             raise UserError(f"model.pretrained: {error}") from error
 
     return processes.main_first(load)
-
-
-def network_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The `DiP` keywords among the entries of a saved configuration."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def read_start(run: Path) -> Start:

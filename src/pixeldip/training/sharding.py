@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..model import DiP
+from ..model import DiP, network_config
 from ..processes import Processes
-from .pretrained import network_config
 
 
 def shard(network: nn.Module, processes: Processes, precision: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from ..data import (
     open_source,
     report_broken,
 )
-from ..model import DiP
+from ..model import DiP, network_config
 from ..processes import Processes, autocast, start_processes
 from ..provenance import restart
 from ..recipe import Recipe
@@ -46,7 +46,7 @@ from .preparation import (
     prepare_run_folder,
     seeded_initialisation,
 )
-from .pretrained import add_adapters, check_adapted, load_pretrained, network_config, read_start, start_from
+from .pretrained import add_adapters, check_adapted, load_pretrained, read_start, start_from
 from .preview import save_preview
 from .progress import Progress
 from .run_lock import only_run
