@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: values, floors, warnings, the JSON record and the table in the terminal."""
+"""What an evaluation leaves behind: values, floors, the JSON record and the table in the terminal."""
 
 import contextlib
 import json
@@ -12,18 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data import NpzImages
-from ..errors import UserError
 from ..files import write_json, writing
 from ..images import SETTINGS
 from ..sampling import SampledImages
-from ..settings import EvaluationOptions
 from ..terminal import say, warn
 from .image_sets import ImageSet, SourceImages
 from .reference import Reference
-from .registry import FULL_SIZE, METRICS, label
+from .registry import METRICS, label
 from .stream import Measured
-
-FULL_REFERENCES = 10_000
 
 
 @dataclass
@@ -85,54 +81,6 @@ def scaled(known: dict[str, float], part: str, scale: float) -> str:
         return ""
     deviation = known.get(f"{part}_deviation")
     return f"{scale * known[part]:.4g}" + (f" ± {scale * deviation:.2g}" if deviation is not None else "")
-
-
-def label_warnings(images: ImageSet, metrics: list[str], options: EvaluationOptions) -> list[str]:
-    """What is wrong with the number, the classes and the order of samples, before they are measured.
-
-    Raises:
-        UserError: for classes that are not balanced, if they were required to be.
-    """
-    found = []
-    count, labels = len(images), images.labels
-    if count != FULL_SIZE and {"fid", "sfid", "is", "precision", "recall"} & set(metrics):
-        found.append(f"{count} samples, where papers use {FULL_SIZE}: not comparable with their numbers")
-    last = count % options.is_split
-    if "is" in metrics and count > options.is_split and 0 < last < options.is_split / 2:
-        found.append(f"the last split of the Inception Score has {last} of {options.is_split} images and counts fully")
-    if labels is None:
-        return found
-    classes, counts = np.unique(labels, return_counts=True)
-    if counts.max() - counts.min() > 1:
-        message = f"classes are not balanced: {len(classes)} classes with {counts.min()} to {counts.max()} samples each"
-        if options.require_balanced:
-            raise UserError(f"{images.name}: {message}")
-        found.append(message)
-    asked = len(set(images.chosen)) if isinstance(images, SampledImages) else 0
-    if count < asked:
-        found.append(f"{count} samples of {asked} classes: {asked - count} of them have none")
-    elif len(classes) <= classes.max():
-        found.append(f"samples of {len(classes)} classes, though their ids go up to {classes.max()}")
-    sorted_by_class = len(classes) > 1 and (np.diff(labels) >= 0).all()
-    if sorted_by_class and "is" in metrics and options.is_order == "file" and count > options.is_split:
-        found.append(
-            "samples are sorted by class, and the Inception Score is a mean over consecutive splits, each of "
-            "which sees few classes: it comes out far too low; --is-order shuffled"
-        )
-    return found
-
-
-def pixel_warnings(images: ImageSet, samples: Measured) -> list[str]:
-    """What is wrong with the pixels."""
-    found = []
-    if samples.low == samples.high:
-        found.append(f"{images.name}: all pixels have the value {samples.low}")
-    elif samples.high <= 1:
-        found.append(f"{images.name}: no pixel is above {samples.high}; were images in [0, 1] saved as uint8?")
-    duplicates = samples.count - len(set(samples.digests))
-    if duplicates > 0.01 * samples.count:
-        found.append(f"{duplicates} of {samples.count} samples are exact duplicates of others")
-    return found
 
 
 def made_with(images: ImageSet) -> dict[str, Any]:

@@ -22,17 +22,8 @@ from ..settings import EvaluationOptions
 from ..terminal import Advance, PlainConsole, image_progress, printable, say
 from .extractors import Extractor, load_together
 from .image_sets import ImageSet, SourceImages, open_images
-from .record import (
-    FULL_REFERENCES,
-    Evaluation,
-    describe_reference,
-    describe_samples,
-    label_warnings,
-    made_with,
-    peak_memory_mib,
-    pixel_warnings,
-    print_evaluation,
-)
+from .limits import label_warnings, pixel_warnings, reference_warnings, singular_warnings
+from .record import Evaluation, describe_reference, describe_samples, made_with, peak_memory_mib, print_evaluation
 from .reference import STATISTICS, Reference, measure_reference, open_reference, reference_of
 from .registry import DEFAULT, METRICS, NEIGHBOURS, Comparison, floor, label
 from .stream import Measured, measure
@@ -87,7 +78,8 @@ class Evaluator:
                 self._measure(self.reference, self._needed_of_reference(), False, start_pass)
             if self.training:
                 self._measure(self.training, ["efficientnet"], True, start_pass)
-        self._check_reference()
+        if self.reference:
+            self.warnings += reference_warnings(self.reference, self.metrics, self.extractors)
         self.seconds["reference"] = time.perf_counter() - began
 
     def _open(self, name: str, split: str, role: str, only_for: str | None = None) -> Reference | None:
@@ -185,34 +177,6 @@ class Evaluator:
         if reference.from_cache:
             say(self.console, f"{title}: features of {len(reference.images)} from the cache")
 
-    def _check_reference(self) -> None:
-        reference = self.reference
-        if reference is None:
-            return
-        inception = self.extractors.get("inception")
-        theirs = reference.weights_behind()
-        if inception and reference.statistics and theirs and theirs != inception.weights["sha256"]:
-            self.warnings.append(f"{reference.name} was made with other Inception weights, SHA-256 {theirs}")
-        for name in self.metrics:
-            feature = METRICS[name].moments
-            count = reference.count_behind(feature) if feature else None
-            if count is not None and count <= self._dim(feature):
-                self.warnings.append(_singular(name, f"{count} reference images", self._dim(feature)))
-        measured = reference.measured
-        if measured is None:
-            return
-        kept = len(measured.chosen)
-        if kept != FULL_REFERENCES and {"precision", "recall"} & set(self.metrics):
-            self.warnings.append(f"precision and recall against {kept} reference images; papers use {FULL_REFERENCES}")
-        if kept < measured.count:
-            self.warnings.append(
-                f"{kept} of the {measured.count} reference images, a seeded choice, stand for them "
-                "where metrics look at single images"
-            )
-
-    def _dim(self, feature: tuple[str, str]) -> int:
-        return self.extractors[feature[0]].outputs[feature[1]]
-
     def evaluate(self, images: ImageSet, writer: ImageWriter | None = None) -> Evaluation:
         """Measures samples of the size given to the constructor.
 
@@ -255,10 +219,7 @@ class Evaluator:
         warnings += pixel_warnings(images, samples)
         if self.reference and self._same_images(images, samples):
             warnings.append("the samples and the reference are the same images")
-        for name in self.metrics:
-            feature = METRICS[name].moments
-            if feature and samples.count <= self._dim(feature):
-                warnings.append(_singular(name, f"{samples.count} samples", self._dim(feature)))
+        warnings += singular_warnings(self.metrics, self.extractors, lambda _: samples.count, "samples")
         device = self.processes.device if self.processes.device.type == "cuda" else torch.device("cpu")
         comparison = Comparison(
             samples, self.reference, self.training, self.extractors, self.options, patch_size, device
@@ -354,10 +315,6 @@ def _known_metrics(names: tuple[str, ...]) -> list[str]:
         if name not in METRICS:
             raise UserError(f"no metric {name!r}; there are {', '.join(METRICS)}")
     return list(dict.fromkeys(names or DEFAULT))
-
-
-def _singular(metric: str, images: str, dim: int) -> str:
-    return f"{metric}: {images} for {dim} features, the covariance is singular: compare only like with like"
 
 
 def _plain_options(options: EvaluationOptions) -> dict[str, Any]:
