@@ -140,7 +140,7 @@ def test_what_does_not_fit_and_what_would() -> None:
 
 
 def test_sharded_it_is_divided() -> None:
-    recipe = parse_recipe({"model": {"preset": "dip-s/16"}, "data": {"resolution": 64}})
+    recipe = parse_recipe({"model": {"preset": "dip-s/16", "depth": 4}, "data": {"resolution": 64}})
     recipe.training.batch_size = 8
     (whole,) = plan(recipe, PlanOptions((8,))).rows
     recipe.training.shard = True
