@@ -89,6 +89,7 @@ class Metric:
         moments: the feature whose moments are compared.
         kept: the feature whose single rows are looked at.
         pairwise: a distance of two sets of rows; the floor is this distance between disjoint real images.
+        real: what real images score, where it is no such distance; None where that is not known.
         scale: of the number in the terminal's table.
     """
 
@@ -99,6 +100,7 @@ class Metric:
     moments: Feature | None = None
     kept: Feature | None = None
     pairwise: Callable[[Tensor, Tensor], float] | None = None
+    real: Callable[[Comparison], float | None] | None = None
     scale: float = 1.0
 
     @property
@@ -155,8 +157,9 @@ METRICS: dict[str, Metric] = {
     "boundary": Metric(
         "Patch boundary ratio",
         None,
-        lambda c: boundary_ratio(c.samples.columns, c.samples.rows, c.patch_size),
+        lambda c: _boundary(c, c.samples),
         "as real",
+        real=lambda c: _boundary(c, c.reference and c.reference.measured),
     ),
     "nearest": Metric(
         "Nearest training image",
@@ -164,9 +167,14 @@ METRICS: dict[str, Metric] = {
         lambda c: c.nearest["nearest"],
         "as real",
         kept=("efficientnet", "pool"),
+        real=lambda c: c.nearest["real"],
     ),
 }
 DEFAULT = ("fid", "sfid", "is", "precision", "recall")
+
+
+def _boundary(c: Comparison, images: Measured | None) -> float | None:
+    return boundary_ratio(images.columns, images.rows, c.patch_size) if images else None
 
 
 def _in_order(c: Comparison) -> Tensor:
@@ -185,11 +193,9 @@ def floor(name: str, c: Comparison) -> dict[str, float] | None:
     sets. Means and standard deviations over seeded splits.
     """
     metric = METRICS[name]
-    if name == "boundary":
-        real = c.reference and c.reference.measured
-        return {"real": boundary_ratio(real.columns, real.rows, c.patch_size)} if real else None
-    if name == "nearest":
-        return {"real": c.nearest["real"]}
+    if metric.real:
+        value = metric.real(c)
+        return None if value is None else {"real": value}
     feature = metric.kept or metric.moments
     rows = c.reference.kept(feature) if c.reference and metric.pairwise else None
     if rows is None or len(rows) < 4:
