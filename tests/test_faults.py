@@ -26,7 +26,7 @@ from pixeldip.training import learner, train
 from pixeldip.training.checkpoint import Checkpoints
 from pixeldip.training.divergence import spreading
 from pixeldip.training.ema import EMA
-from pixeldip.training.failures import explained
+from pixeldip.training.failures import explaining_failures
 from pixeldip.training.preparation import build_model
 from pixeldip.training.progress import SLOW_IMAGES
 from pixeldip.training.run_lock import only_run
@@ -314,7 +314,7 @@ def test_out_of_memory_names_what_would_fit(tmp_path: Path) -> None:
             UserError,
             match=r"12 images at once in each of 1 processes; give --training.gradient-accumulation 2.* begins anew",
         ),
-        explained(recipe, CPU),
+        explaining_failures(recipe, CPU),
     ):
         torch.empty(2**50)
 
@@ -329,7 +329,10 @@ class Dying(Dataset):
 
 def test_a_data_worker_that_is_killed_is_named(tmp_path: Path) -> None:
     loader = DataLoader(Dying(), num_workers=1, multiprocessing_context="fork")
-    with pytest.raises(UserError, match="a process that reads images died"), explained(tiny_recipe(tmp_path, "x"), CPU):
+    with (
+        pytest.raises(UserError, match="a process that reads images died"),
+        explaining_failures(tiny_recipe(tmp_path, "x"), CPU),
+    ):
         next(iter(loader))
 
 
@@ -355,7 +358,7 @@ def test_slow_storage_is_told(
 def test_storage_that_hangs_is_named(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, "pictures", data={"timeout": 7})
     message = "no batch came within data.timeout = 7 s: is pictures still reachable"
-    with pytest.raises(UserError, match=message), explained(recipe, CPU):
+    with pytest.raises(UserError, match=message), explaining_failures(recipe, CPU):
         raise RuntimeError("DataLoader timed out after 7 seconds")  # as torch says it
 
 

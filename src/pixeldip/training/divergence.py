@@ -70,8 +70,9 @@ class Watch:
                 self._consecutive += 1
                 size = self.training.batch_size
                 rows = [self.order[position][1] for position in range(step * size, (step + 1) * size)]
-                diverged.append({"step": step + 1, **named, "gradient_norm": norm, "consecutive": self._consecutive})
-                diverged[-1] |= {"policy": self.training.on_divergence, "rows": rows}
+                counted = {"gradient_norm": norm, "consecutive": self._consecutive}
+                policy = self.training.on_divergence
+                diverged.append({"step": step + 1, **named, **counted, "policy": policy, "rows": rows})
         return diverged
 
     def means(self) -> dict[str, float]:

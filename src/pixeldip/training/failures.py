@@ -30,7 +30,7 @@ def again(run: Path) -> str:
 
 
 @contextlib.contextmanager
-def explained(recipe: Recipe, processes: Processes) -> Iterator[None]:
+def explaining_failures(recipe: Recipe, processes: Processes) -> Iterator[None]:
     """Raises a UserError in place of what memory, storage, a data worker or another process does to a run."""
     try:
         yield

@@ -31,7 +31,7 @@ from ..saved_model import check_saved_model
 from ..terminal import PlainConsole, say, warn
 from .checkpoint import Checkpoints, load_checkpoint, sound_checkpoint
 from .divergence import Watch, check_divergence
-from .failures import explained
+from .failures import explaining_failures
 from .learner import Learner
 from .metrics import TrainingMetrics
 from .preparation import (
@@ -84,7 +84,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Outcome:
     with (
         start_processes(recipe.training.device) as processes,
         contextlib.ExitStack() as stack,
-        explained(recipe, processes),
+        explaining_failures(recipe, processes),
     ):
         processes.on_main(lambda: stack.enter_context(only_run(run)))
         console.quiet |= not processes.is_main
