@@ -7,8 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .. import __version__
-from ..provenance import command
+from ..provenance import made_by
 from ..recipe import image_size, recipe_values
 from ..terminal import clock, say, warn
 from ..training.devices import DEVICES
@@ -84,7 +83,7 @@ def record(plan: Plan) -> dict[str, Any]:
         "options": dataclasses.asdict(plan.options),
         "checkpoint": dataclasses.asdict(plan.checkpoint),
         "rows": [{**dataclasses.asdict(row), "memory": row.memory} for row in plan.rows],
-        "environment": {"command": command(), "pixeldip": __version__},
+        "environment": made_by(),
     }
 
 
