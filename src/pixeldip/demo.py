@@ -23,7 +23,7 @@ from .images import to_pil
 from .processes import Processes, choose_device, choose_precision
 from .provenance import made_by
 from .recipe import Recipe, image_size, load_recipe
-from .report import demo_page
+from .report.demo import demo_page
 from .sampling import load_pipeline
 from .terminal import PlainConsole, say
 from .training import train
