@@ -14,7 +14,7 @@ def to_pixels(patch: Tensor) -> Tensor:
     """(M, C, P, P) -> (M, P*P, C + 64), row by row, each pixel with its `position_features`."""
     pixels = patch.flatten(2).transpose(1, 2)
     positions = position_features(patch.shape[-1], patch.device).to(pixels.dtype)
-    return torch.cat([pixels, positions.expand(len(pixels), -1, -1)], dim=-1)
+    return torch.cat([pixels, positions.expand(pixels.shape[0], -1, -1)], dim=-1)
 
 
 def from_pixels(pixels: Tensor, shape: torch.Size) -> Tensor:
