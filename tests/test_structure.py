@@ -1,6 +1,7 @@
-"""Imports run one way through the package, and hardware is named in one place."""
+"""Imports run one way through the package, and all of it is installed."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pixeldip
@@ -67,3 +68,9 @@ def test_imports_run_down_the_list() -> None:
 def test_the_flow_knows_no_network() -> None:
     for path in (PACKAGE / "flow").glob("*.py"):
         assert imported_rooms(path) <= {"errors"}
+
+
+def test_every_package_is_installed() -> None:
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    there = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(settings["tool"]["setuptools"]["packages"]) == there | {"pixeldip.recipes"}
