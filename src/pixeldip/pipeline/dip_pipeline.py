@@ -24,8 +24,8 @@ from diffusers.utils import BaseOutput, is_accelerate_available, is_peft_availab
 from PIL import Image
 from torch import Tensor
 
-from .errors import UserError
-from .flow import (
+from ..errors import UserError
+from ..flow import (
     LARGEST_SEED,
     SOLVERS,
     SampleNoise,
@@ -39,14 +39,14 @@ from .flow import (
     start_state,
     time_grid,
 )
-from .images import to_pil
-from .model import DiP, check_size
-from .replay import ReplayedNetwork, SolutionNetwork
-from .run_folder import belongs_to_a_run, newest_lora, resolve_model
-from .saved_model import check_saved_model, only_variant
-from .settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
-from .sharing import check_license, forget_origin, upload, write_model_card
-from .terminal import quieted, some
+from ..images import to_pil
+from ..model import DiP, check_size
+from ..replay import ReplayedNetwork, SolutionNetwork
+from ..run_folder import belongs_to_a_run, newest_lora, resolve_model
+from ..saved_model import check_saved_model, only_variant
+from ..settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
+from ..sharing import check_license, forget_origin, upload, write_model_card
+from ..terminal import quieted, some
 
 
 @dataclass

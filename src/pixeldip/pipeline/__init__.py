@@ -1,0 +1,5 @@
+"""The diffusers pipeline: a trained `DiP`, its classes and its size, ready to sample."""
+
+from .dip_pipeline import PREDICTED, STATE, DiPPipeline, DiPPipelineOutput
+
+__all__ = ["PREDICTED", "STATE", "DiPPipeline", "DiPPipelineOutput"]
