@@ -1,4 +1,6 @@
-"""The one exception that stands for a user's mistake, and those that stand for too little memory."""
+"""The one exception that stands for a user's mistake, and what those of others say."""
+
+import textwrap
 
 
 class UserError(ValueError):
@@ -14,3 +16,8 @@ def is_out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library says, up to a length that holds all but lists of tensors."""
+    return textwrap.shorten(str(error), 1000, placeholder=" …")

@@ -6,9 +6,7 @@ import functools
 import inspect
 import operator
 import os
-import re
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +17,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders.lora_base import LoraBaseMixin
-from diffusers.utils import BaseOutput, is_accelerate_available, is_peft_available
+from diffusers.utils import BaseOutput, is_accelerate_available
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, in_one_line
 from ..flow import (
     LARGEST_SEED,
     SOLVERS,
@@ -42,11 +39,12 @@ from ..flow import (
 from ..images import to_pil
 from ..model import DiP, check_size
 from ..replay import ReplayedNetwork, SolutionNetwork
-from ..run_folder import belongs_to_a_run, newest_lora, resolve_model
+from ..run_folder import belongs_to_a_run, resolve_model
 from ..saved_model import check_saved_model, only_variant
 from ..settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
 from ..sharing import check_license, forget_origin, upload, write_model_card
-from ..terminal import quieted, some
+from ..terminal import some
+from .lora import LoRAMixin
 
 
 @dataclass
@@ -72,7 +70,7 @@ class _Interrupted(Exception):
         self.state = state
 
 
-class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
+class DiPPipeline(DiffusionPipeline, LoRAMixin):
     """Class-conditional sampling with a `DiP`.
 
     Args:
@@ -94,7 +92,6 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
     _replayed: ReplayedNetwork | None = None
     model_cpu_offload_seq = "model"
     _optional_components = ["scheduler"]
-    _lora_loadable_modules = ["model"]
     _callback_tensor_inputs = [STATE, PREDICTED]
 
     def __init__(
@@ -147,7 +144,7 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         except UserError:
             raise
         except Exception as error:  # diffusers and the hub's client raise many kinds
-            raise UserError(f"{name}: cannot be loaded ({_in_one_line(error)})") from error
+            raise UserError(f"{name}: cannot be loaded ({in_one_line(error)})") from error
         pipeline._origin = folder if folder.is_dir() else None
         return pipeline
 
@@ -217,70 +214,6 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
             saved = Path(folder) / repo_id.rpartition("/")[2]
             self.save_pretrained(saved, license=license, **kwargs)
             return upload(saved, repo_id, **hub)
-
-    def load_lora_weights(
-        self,
-        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
-        adapter_name: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Adds LoRA weights to the model: a folder, file, hub id or state dict as `save_lora_weights` writes them.
-
-        Further keywords go to the model's `load_lora_adapter`; `set_adapters`, `fuse_lora` and
-        `unload_lora_weights` work as elsewhere in diffusers.
-
-        Raises:
-            UserError: if PEFT is not installed, there are no LoRA weights, they belong to another model, or this one is
-                in int8.
-        """
-        _check_peft()
-        if self.model.in_int8:
-            raise UserError("LoRA weights: layers in int8 take none; load and fuse them before quantize_to_int8()")
-        kwargs.setdefault("use_safetensors", True)
-        given, before = pretrained_model_name_or_path_or_dict, self.model.adapters
-        if not isinstance(given, dict):
-            given = os.path.expanduser(str(given))
-        where = "LoRA weights" if isinstance(given, dict) else f"LoRA weights {given}"
-        try:
-            self.model.load_lora_adapter(given, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs)
-            found = kwargs.get("hotswap") or self.model.adapters != before
-        except IndexError:  # of diffusers, where it looks for the first rank
-            found = False
-        except Exception as error:  # diffusers, PEFT, safetensors and the hub's client raise many kinds
-            if not isinstance(given, dict) and (lora := newest_lora(Path(given))):
-                raise UserError(f"{where}: a run's folder; LoRA weights of its newest checkpoint are {lora}") from error
-            if mismatch := re.search("size mismatch for .*", str(error)):
-                raise UserError(f"{where}: of a model of other sizes ({mismatch[0]})") from error
-            raise UserError(f"{where}: cannot be loaded ({_in_one_line(error)})") from error
-        if not found:
-            raise UserError(f"{where}: no tensors of LoRA are in it")
-
-    def fuse_lora(self, components: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        """As elsewhere in diffusers; by default of the model, the only component that adapters go to."""
-        super().fuse_lora(list(components or self._lora_loadable_modules), *args, **kwargs)
-
-    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
-        """As elsewhere in diffusers, likewise."""
-        super().unfuse_lora(list(components or self._lora_loadable_modules), **kwargs)
-
-    def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
-        """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder.
-
-        Args:
-            adapter_name: by default that of the only adapter there is.
-
-        Raises:
-            UserError: if PEFT is not installed, there is no such adapter, or which one is not said.
-        """
-        _check_peft()
-        adapters = self.model.adapters
-        if adapter_name is None and len(adapters) == 1:
-            (adapter_name,) = adapters
-        if adapter_name not in adapters:
-            there = f"there are {', '.join(adapters)}" if adapters else "none is loaded"
-            raise UserError(f"LoRA adapter {adapter_name or 'to save'}: name one of those loaded; {there}")
-        with quieted("diffusers.models.modeling_utils"):  # it warns of a cast that is none
-            self.model.save_lora_adapter(os.path.expanduser(save_directory), adapter_name)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by id or exact name. Where names are numbers, a number in a string is a name.
@@ -531,11 +464,6 @@ class DiPPipeline(DiffusionPipeline, LoraBaseMixin):
         return labels
 
 
-def _in_one_line(error: Exception) -> str:
-    """What a library says, up to a length that holds all but lists of tensors."""
-    return textwrap.shorten(str(error), 1000, placeholder=" …")
-
-
 def _at_least_one(labels: list[int]) -> list[int]:
     if not labels:
         raise UserError("no image is asked for: give at least one class label, or seed")
@@ -593,11 +521,6 @@ def _replaced(state: Tensor, returned: Any) -> Tensor:
         found = f"a tensor of {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
         raise UserError(f"callback_on_step_end: {STATE} is {found}; give a tensor of {tuple(state.shape)}")
     return new
-
-
-def _check_peft() -> None:
-    if not is_peft_available():
-        raise UserError("LoRA needs PEFT: pip install 'pixeldip[lora]'")
 
 
 def _put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:

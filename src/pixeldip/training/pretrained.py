@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import is_peft_available
 from torch import Tensor
 
 from ..convert import load_release, release_pipeline
 from ..errors import UserError
 from ..model import DiP
-from ..pipeline import DiPPipeline
+from ..pipeline import DiPPipeline, check_peft
 from ..processes import Processes
 from ..recipe import ModelSection
 from ..run_folder import START
@@ -203,8 +202,7 @@ def add_adapters(model: DiP, section: ModelSection, train_classes: bool) -> None
     Raises:
         UserError: if PEFT is not installed.
     """
-    if not is_peft_available():
-        raise UserError("model.lora_rank needs PEFT: pip install 'pixeldip[lora]'")
+    check_peft("model.lora_rank")
     from peft import LoraConfig
 
     alpha = section.lora_alpha or section.lora_rank

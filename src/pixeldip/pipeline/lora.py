@@ -1,0 +1,91 @@
+"""LoRA weights of a pipeline's model (Hu et al. 2022): loaded, fused and saved, by PEFT as elsewhere in diffusers."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers.loaders.lora_base import LoraBaseMixin
+from diffusers.utils import is_peft_available
+from torch import Tensor
+
+from ..errors import UserError, in_one_line
+from ..run_folder import newest_lora
+from ..terminal import quieted
+
+
+class LoRAMixin(LoraBaseMixin):
+    """The LoRA methods of a pipeline whose `model` is a `DiP`."""
+
+    _lora_loadable_modules = ["model"]
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, Tensor],
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds LoRA weights to the model: a folder, file, hub id or state dict as `save_lora_weights` writes them.
+
+        Further keywords go to the model's `load_lora_adapter`; `set_adapters`, `fuse_lora` and
+        `unload_lora_weights` work as elsewhere in diffusers.
+
+        Raises:
+            UserError: if PEFT is not installed, there are no LoRA weights, they belong to another model, or this one is
+                in int8.
+        """
+        check_peft()
+        if self.model.in_int8:
+            raise UserError("LoRA weights: layers in int8 take none; load and fuse them before quantize_to_int8()")
+        kwargs.setdefault("use_safetensors", True)
+        given, before = pretrained_model_name_or_path_or_dict, self.model.adapters
+        if not isinstance(given, dict):
+            given = os.path.expanduser(str(given))
+        where = "LoRA weights" if isinstance(given, dict) else f"LoRA weights {given}"
+        try:
+            self.model.load_lora_adapter(given, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs)
+            found = kwargs.get("hotswap") or self.model.adapters != before
+        except IndexError:  # of diffusers, where it looks for the first rank
+            found = False
+        except Exception as error:  # diffusers, PEFT, safetensors and the hub's client raise many kinds
+            if not isinstance(given, dict) and (lora := newest_lora(Path(given))):
+                raise UserError(f"{where}: a run's folder; LoRA weights of its newest checkpoint are {lora}") from error
+            if mismatch := re.search("size mismatch for .*", str(error)):
+                raise UserError(f"{where}: of a model of other sizes ({mismatch[0]})") from error
+            raise UserError(f"{where}: cannot be loaded ({in_one_line(error)})") from error
+        if not found:
+            raise UserError(f"{where}: no tensors of LoRA are in it")
+
+    def fuse_lora(self, components: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """As elsewhere in diffusers; by default of the model, the only component that adapters go to."""
+        super().fuse_lora(list(components or self._lora_loadable_modules), *args, **kwargs)
+
+    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
+        """As elsewhere in diffusers, likewise."""
+        super().unfuse_lora(list(components or self._lora_loadable_modules), **kwargs)
+
+    def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
+        """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder.
+
+        Args:
+            adapter_name: by default that of the only adapter there is.
+
+        Raises:
+            UserError: if PEFT is not installed, there is no such adapter, or which one is not said.
+        """
+        check_peft()
+        adapters = self.model.adapters
+        if adapter_name is None and len(adapters) == 1:
+            (adapter_name,) = adapters
+        if adapter_name not in adapters:
+            there = f"there are {', '.join(adapters)}" if adapters else "none is loaded"
+            raise UserError(f"LoRA adapter {adapter_name or 'to save'}: name one of those loaded; {there}")
+        with quieted("diffusers.models.modeling_utils"):  # it warns of a cast that is none
+            self.model.save_lora_adapter(os.path.expanduser(save_directory), adapter_name)
+
+
+def check_peft(what: str = "LoRA") -> None:
+    """Raises UserError, which says what needs it, unless PEFT is installed."""
+    if not is_peft_available():
+        raise UserError(f"{what} needs PEFT: pip install 'pixeldip[lora]'")
