@@ -3,25 +3,21 @@
 import copy
 import difflib
 import functools
-import inspect
 import operator
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput, is_accelerate_available
+from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError, in_one_line
+from ..errors import UserError
 from ..flow import (
     LARGEST_SEED,
     SOLVERS,
@@ -39,12 +35,10 @@ from ..flow import (
 from ..images import to_pil
 from ..model import DiP, check_size
 from ..replay import ReplayedNetwork, SolutionNetwork
-from ..run_folder import belongs_to_a_run, resolve_model
-from ..saved_model import check_saved_model, only_variant
 from ..settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
-from ..sharing import check_license, forget_origin, upload, write_model_card
 from ..terminal import some
 from .lora import LoRAMixin
+from .saving import SavingMixin
 
 
 @dataclass
@@ -60,8 +54,6 @@ STATE = "latents"  # what diffusers' callbacks call the state x_t, though nothin
 PREDICTED = "pred_original_sample"  # what diffusers' schedulers call the image that a prediction leads to
 OnStepEnd = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
-_UPLOAD = ("private", "token", "commit_message", "create_pr")
-
 
 class _Interrupted(Exception):
     """Carries the state out of a solver that is not to go on."""
@@ -70,7 +62,7 @@ class _Interrupted(Exception):
         self.state = state
 
 
-class DiPPipeline(DiffusionPipeline, LoRAMixin):
+class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
     """Class-conditional sampling with a `DiP`.
 
     Args:
@@ -88,7 +80,6 @@ class DiPPipeline(DiffusionPipeline, LoRAMixin):
             model's classes, height or width is no whole number from 1 to 16384, or `sampling` says anything else.
     """
 
-    _origin: Path | None = None
     _replayed: ReplayedNetwork | None = None
     model_cpu_offload_seq = "model"
     _optional_components = ["scheduler"]
@@ -118,102 +109,6 @@ class DiPPipeline(DiffusionPipeline, LoRAMixin):
         checked = SamplingSettings.from_pipeline_arguments(sampling or {}).pipeline_arguments()
         sampling = {name: checked[name] for name in sampling or ()}  # plain numbers, which JSON can hold
         self.register_to_config(height=height, width=width, class_names=names, sampling=sampling)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "DiPPipeline":
-        """A pipeline from a run folder (its newest checkpoint, EMA weights), a saved folder or a hub id.
-
-        Only safetensors are read, and no code that comes with the model is run. Weights that are saved as one variant
-        alone, such as "bf16", need no `variant`.
-
-        Raises:
-            UserError: if there is no model of that name, or it cannot be loaded.
-        """
-        name = str(pretrained_model_name_or_path)
-        folder = Path(os.path.expanduser(name))
-        if not is_accelerate_available():
-            kwargs.setdefault("low_cpu_mem_usage", False)  # the other way needs it, and says so at length
-        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
-        where = resolve_model(name)
-        try:
-            saved = where if Path(where).is_dir() else cls.download(where, **kwargs)
-            check_saved_model(Path(saved))
-            if kwargs.get("variant") is None:
-                kwargs["variant"] = only_variant(Path(saved))
-            pipeline = super().from_pretrained(saved, **kwargs)
-        except UserError:
-            raise
-        except Exception as error:  # diffusers and the hub's client raise many kinds
-            raise UserError(f"{name}: cannot be loaded ({in_one_line(error)})") from error
-        pipeline._origin = folder if folder.is_dir() else None
-        return pipeline
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *,
-        license: str | None = None,
-        model_card: bool = True,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As in diffusers, with a model card: a README.md that says how to use the model and what made it.
-
-        A pipeline that came from a run folder tells of that run; one that came from a saved folder keeps its card.
-
-        Args:
-            license: of the weights, as the hub spells it, for instance "cc-by-4.0".
-            model_card: False leaves the README.md out.
-
-        Raises:
-            UserError: if a keyword is none of these or diffusers', the folder is a file or a run's, the model cannot be
-                saved so that it loads again, or the card it keeps states its licence in words of its own.
-        """
-        hub = {key: kwargs.pop(key) for key in ("repo_id", *_UPLOAD) if key in kwargs}
-        if unknown := sorted(kwargs.keys() - inspect.signature(super().save_pretrained).parameters.keys()):
-            raise UserError(f"save_pretrained: there is no keyword {unknown[0]!r}")
-        save_directory = Path(os.path.expanduser(save_directory))  # as from_pretrained reads it
-        if save_directory.is_file():
-            raise UserError(f"{save_directory}: a file; name a folder to save to")
-        if belongs_to_a_run(save_directory):
-            raise UserError(
-                f"{save_directory}: a run's folder, where a saved model would be taken for what the run trains; save "
-                "to a folder of its own"
-            )
-        if model_card:
-            check_license(self._origin, license)
-        super().save_pretrained(save_directory, **kwargs)
-        forget_origin(save_directory)
-        if model_card:
-            write_model_card(
-                save_directory,
-                dict(self.model.config),
-                (self.config.height, self.config.width),
-                self.config.class_names,
-                self.model.num_parameters(),
-                self._origin,
-                license,
-                sorted(self.fused_loras),
-            )
-        if push_to_hub:
-            upload(save_directory, hub.pop("repo_id", save_directory.name), **hub)
-
-    def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs: Any) -> str:
-        """Saves the pipeline with its model card and uploads it.
-
-        Args:
-            repo_id: "owner/name" on the hub; made if it is not there.
-            license: as for `save_pretrained`.
-            kwargs: private, token, commit_message and create_pr of the upload, and what `save_pretrained` takes.
-
-        Returns:
-            The address of the commit.
-        """
-        hub = {key: kwargs.pop(key) for key in _UPLOAD if key in kwargs}
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / repo_id.rpartition("/")[2]
-            self.save_pretrained(saved, license=license, **kwargs)
-            return upload(saved, repo_id, **hub)
 
     def class_id(self, label: int | str) -> int:
         """The id of a class given by id or exact name. Where names are numbers, a number in a string is a name.
