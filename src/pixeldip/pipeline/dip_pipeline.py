@@ -4,18 +4,12 @@ import copy
 import difflib
 import functools
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
-from PIL import Image
-from torch import Tensor
 
 from ..errors import UserError
 from ..flow import (
@@ -32,34 +26,14 @@ from ..flow import (
     start_state,
     time_grid,
 )
-from ..images import to_pil
 from ..model import DiP, check_size
 from ..replay import ReplayedNetwork, SolutionNetwork
 from ..settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
 from ..terminal import some
 from .lora import LoRAMixin
+from .output import DiPPipelineOutput, check_output_type, put_out
 from .saving import SavingMixin
-
-
-@dataclass
-class DiPPipelineOutput(BaseOutput):
-    """images: as `output_type` asks; trajectory: the states asked for, if any."""
-
-    images: list[Image.Image] | np.ndarray | Tensor
-    trajectory: list[tuple[float, Tensor]] | None = None
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-STATE = "latents"  # what diffusers' callbacks call the state x_t, though nothing is latent here
-PREDICTED = "pred_original_sample"  # what diffusers' schedulers call the image that a prediction leads to
-OnStepEnd = Callable[[DiffusionPipeline, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
-
-
-class _Interrupted(Exception):
-    """Carries the state out of a solver that is not to go on."""
-
-    def __init__(self, state: Tensor):
-        self.state = state
+from .steps import PREDICTED, STATE, OnStepEnd, StepHandler
 
 
 class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
@@ -217,21 +191,8 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         height = self.config.height if height is None else whole_number("height", height)
         width = self.config.width if width is None else whole_number("width", width)
         check_size(height, width, model.config.patch_size)
-        if output_type not in OUTPUT_TYPES:
-            raise UserError(f"output_type {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
-        trajectory_every = whole_number("trajectory_every", trajectory_every)
-        if trajectory_every < 0:
-            raise UserError(f"trajectory_every {trajectory_every}: give 0, to keep none, or more")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise UserError(f"callback_on_step_end {callback_on_step_end!r}: give a function")
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        wanted = callback_on_step_end_tensor_inputs or ()
-        if isinstance(wanted, str) or not isinstance(wanted, Iterable):
-            raise UserError(f"callback_on_step_end_tensor_inputs {wanted!r}: give a list of names")
-        if unknown := [name for name in wanted if name not in self._callback_tensor_inputs]:
-            there = " and ".join(self._callback_tensor_inputs)
-            raise UserError(f"callback_on_step_end_tensor_inputs: {unknown[0]}; there are {there}")
+        check_output_type(output_type)
+        handler = StepHandler(self, callback_on_step_end, callback_on_step_end_tensor_inputs, trajectory_every)
         shape = (model.config.in_channels, height, width)
         random = SampleNoise(seeds, generator, len(labels), shape, device)
         null_class = model.config.num_classes
@@ -250,37 +211,10 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         network = self._network(times)
         velocity = guided_velocity(network, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(times) - 1, False
-        x = start_state(random.start, times)
-        trajectory = [(times[0], x.cpu())] if trajectory_every else []
-        predicted = x
-
-        def predicting(x: Tensor, t: float, step_start: float) -> Tensor:
-            nonlocal predicted
-            v = velocity(x, t, step_start)
-            predicted = x + (1 - t) * v
-            return v
-
-        with self.progress_bar(total=self._num_timesteps) as bar:
-
-            def on_step(step: int, t: float, x: Tensor) -> Tensor:
-                if callback_on_step_end:
-                    tensors = {name: predicted if name == PREDICTED else x for name in wanted}
-                    x = _replaced(x, callback_on_step_end(self, step, t, tensors))
-                bar.update()
-                last = step == len(times) - 2
-                if trajectory_every and (last or (step + 1) % trajectory_every == 0):
-                    trajectory.append((t, x.cpu()))
-                if self.interrupt and not last:
-                    raise _Interrupted(x)
-                return x
-
-            try:
-                x = solve(predicting if callback_on_step_end and PREDICTED in wanted else velocity, x, times, on_step)
-            except _Interrupted as stopped:
-                x = stopped.state
+        x = handler.solution(solve, velocity, start_state(random.start, times), times)
         self.maybe_free_model_hooks()
-        images = _put_out(x, output_type)
-        return DiPPipelineOutput(images, trajectory or None) if return_dict else (images, trajectory or None)
+        images, trajectory = put_out(x, output_type), handler.trajectory or None
+        return DiPPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
 
     def enable_precomputed_modulation(self) -> None:
         """From now on calls compute the modulation of the blocks, which depends on time and class alone, for all their
@@ -398,36 +332,3 @@ def _generators(generator: Any) -> torch.Generator | list[torch.Generator] | Non
     if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
         raise UserError(f"generator {generator!r}: give a torch.Generator, or a list of them, one per image")
     return each if isinstance(generator, list | tuple) else generator
-
-
-def _replaced(state: Tensor, returned: Any) -> Tensor:
-    """The state that goes on after a callback, whose own it is if it returned one."""
-    if returned is None:
-        return state
-    if not isinstance(returned, Mapping):
-        raise UserError(
-            f"callback_on_step_end: returned a {type(returned).__name__}; give a dictionary, for instance "
-            f'{{"{STATE}": the new state}}, or nothing'
-        )
-    new = returned.get(STATE)
-    if new is None:
-        return state
-    if not isinstance(new, Tensor) or new.shape != state.shape:
-        found = f"a tensor of {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
-        raise UserError(f"callback_on_step_end: {STATE} is {found}; give a tensor of {tuple(state.shape)}")
-    return new
-
-
-def _put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-    if output_type == "pil":
-        if broken := int((~x.isfinite().flatten(1).all(1)).sum()):
-            warnings.warn(
-                f"{broken} of {len(x)} images hold values that are not finite, drawn in black: let the model compute "
-                "in float32, guide less, or take another checkpoint",
-                stacklevel=4,  # the caller of the pipeline, past torch.no_grad
-            )
-        return to_pil(x)
-    if output_type == "latent":
-        return x
-    shares = (x.float() / 2 + 0.5).clamp(0, 1)
-    return shares if output_type == "pt" else shares.permute(0, 2, 3, 1).cpu().numpy()
