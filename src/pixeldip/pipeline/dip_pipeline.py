@@ -4,16 +4,16 @@ import copy
 import difflib
 import functools
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
 
 from ..errors import UserError
 from ..flow import (
-    LARGEST_SEED,
     SOLVERS,
     SampleNoise,
     VelocityNetwork,
@@ -28,8 +28,9 @@ from ..flow import (
 )
 from ..model import DiP, check_size
 from ..replay import ReplayedNetwork, SolutionNetwork
-from ..settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
+from ..settings import SamplingFlags, SamplingSettings, whole_number
 from ..terminal import some
+from .arguments import labels_of_images, names_of_classes, plain_settings, random_source, training_side
 from .lora import LoRAMixin
 from .output import DiPPipelineOutput, check_output_type, put_out
 from .saving import SavingMixin
@@ -73,10 +74,8 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         check_flow_scheduler(scheduler)
         if not isinstance(model, torch.nn.Module):
             raise UserError(f"model {model!r}: give a DiP; DiPPipeline.from_pretrained loads a saved one")
-        names = _names(class_names)
-        if names and len(names) != model.config.num_classes:
-            raise UserError(f"class_names: {len(names)} names for {model.config.num_classes} classes of the model")
-        height, width = _training_side("height", height), _training_side("width", width)
+        names = names_of_classes(class_names, model.config.num_classes)
+        height, width = training_side("height", height), training_side("width", width)
         if not isinstance(sampling, Mapping | None):
             raise UserError(f"sampling {sampling!r}: give a dictionary of what calls leave out")
         self.register_modules(model=model, scheduler=scheduler)
@@ -175,44 +174,27 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
             UserError: if an argument is out of range, a callback returns another kind of state, or there is no memory
                 for the noise.
         """
-        own = self.default_settings.pipeline_arguments()
-        steps = own["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        guidance_scale = own["guidance_scale"] if guidance_scale is None else guidance_scale
-        guidance_interval = own["guidance_interval"] if guidance_interval is None else guidance_interval
-        time_shift = own["time_shift"] if time_shift is None else time_shift
-        if solver is None and is_default_scheduler(self.scheduler):
-            solver = self.config.sampling.get("solver")
-        guidance_scale = finite_number("guidance_scale", guidance_scale)
-        time_shift = finite_number("time_shift", time_shift)
-        guidance_interval = _pair("guidance_interval", guidance_interval)
-        seeds, generator = _whole_numbers(seeds), _generators(generator)
-        labels = self._labels(class_labels, seeds, generator)
+        given = SamplingFlags(num_inference_steps, solver, guidance_scale, guidance_interval, time_shift)
+        steps, guidance_scale, guidance_interval, time_shift = plain_settings(given.settings(self.default_settings))
         model, device = self.model, self._execution_device
+        num_classes = model.config.num_classes
+        seeds, generator = random_source(seeds, generator)
+        labels = labels_of_images(class_labels, num_classes, self.class_id, seeds, generator)
         height = self.config.height if height is None else whole_number("height", height)
         width = self.config.width if width is None else whole_number("width", width)
         check_size(height, width, model.config.patch_size)
         check_output_type(output_type)
         handler = StepHandler(self, callback_on_step_end, callback_on_step_end_tensor_inputs, trajectory_every)
-        shape = (model.config.in_channels, height, width)
-        random = SampleNoise(seeds, generator, len(labels), shape, device)
-        null_class = model.config.num_classes
-        scale = guidance_scale if null_class else 1.0
-        if solver is None:
-            check_flow_scheduler(self.scheduler)
-            scheduler = copy.deepcopy(self.scheduler)  # a call's steps are its own, whoever shares the pipeline
-            times = set_times(scheduler, steps, time_shift, model.objective, device)
-            solve = functools.partial(follow_scheduler, scheduler, generators=random.generators)
-        elif isinstance(solver, str) and solver in SOLVERS:
-            times = time_grid(steps, time_shift, model.objective)
-            fresh = {"noise": random.fresh} if is_stochastic(solver) else {}
-            solve = functools.partial(SOLVERS[solver], **fresh)
-        else:
-            raise UserError(f"solver {solver!r}: choose one of {', '.join(SOLVERS)}")
-        network = self._network(times)
-        velocity = guided_velocity(network, torch.tensor(labels, device=device), null_class, scale, guidance_interval)
+
+        noise = SampleNoise(seeds, generator, len(labels), (model.config.in_channels, height, width), device)
+        solve, times = self._solver(solver, steps, time_shift, noise)
+        scale = guidance_scale if num_classes else 1.0
+        y = torch.tensor(labels, device=device)
+        velocity = guided_velocity(self._network(times), y, num_classes, scale, guidance_interval)
         self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(times) - 1, False
-        x = handler.solution(solve, velocity, start_state(random.start, times), times)
+        x = handler.solution(solve, velocity, start_state(noise.start, times), times)
         self.maybe_free_model_hooks()
+
         images, trajectory = put_out(x, output_type), handler.trajectory or None
         return DiPPipelineOutput(images, trajectory) if return_dict else (images, trajectory)
 
@@ -251,6 +233,23 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         """Every evaluation is computed anew again, with its modulation."""
         self._replayed = None
 
+    def _solver(
+        self, name: str | None, steps: int, time_shift: float, noise: SampleNoise
+    ) -> tuple[Callable[..., Tensor], list[float]]:
+        """The solver of that name, by default the pipeline's own or its scheduler, and the times it goes through."""
+        objective = self.model.objective
+        if name is None and is_default_scheduler(self.scheduler):
+            name = self.config.sampling.get("solver")
+        if name is None:
+            check_flow_scheduler(self.scheduler)
+            scheduler = copy.deepcopy(self.scheduler)  # a call's steps are its own, whoever shares the pipeline
+            times = set_times(scheduler, steps, time_shift, objective, noise.device)
+            return functools.partial(follow_scheduler, scheduler, generators=noise.generators), times
+        if not isinstance(name, str) or name not in SOLVERS:
+            raise UserError(f"solver {name!r}: choose one of {', '.join(SOLVERS)}")
+        fresh = {"noise": noise.fresh} if is_stochastic(name) else {}
+        return functools.partial(SOLVERS[name], **fresh), time_grid(steps, time_shift, objective)
+
     def _network(self, times: Sequence[float]) -> VelocityNetwork | SolutionNetwork:
         """What a solver at these times calls."""
         self.model.forget_kernels()
@@ -259,76 +258,3 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         if self._replayed.model is not self.model:
             self._replayed = ReplayedNetwork(self.model, self._replayed.graphs)
         return self._replayed.begin(times)
-
-    def _labels(
-        self,
-        class_labels: Sequence[int | str] | int | str | None,
-        seeds: list[int] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> list[int]:
-        """An id per image; as many images as labels, or as seeds or generators without classes."""
-        null_class = self.model.config.num_classes
-        if seeds is not None and generator is not None:
-            raise UserError("give seeds or a generator, not both")
-        if min(seeds or [0]) < 0:
-            raise UserError(f"seeds: {min(seeds)} is below 0")
-        if max(seeds or [0]) > LARGEST_SEED:
-            raise UserError(f"seeds: {max(seeds)} is above {LARGEST_SEED}, the largest")
-        given = {"seeds": seeds, "generators": generator if isinstance(generator, list) else None}
-        counts = {name: len(values) for name, values in given.items() if values is not None}
-        if null_class == 0:
-            if class_labels is not None:
-                raise UserError("the model was trained without classes: leave class_labels out and give seeds")
-            return _at_least_one([0] * next(iter(counts.values()), 1))
-        if class_labels is None:
-            raise UserError(f"give class_labels: the model has classes 0 to {null_class - 1}")
-        try:
-            asked = [class_labels] if isinstance(class_labels, str) else list(class_labels)
-        except TypeError:  # a single id, perhaps of numpy or torch
-            asked = [class_labels]
-        labels = _at_least_one([self.class_id(label) for label in asked])
-        for name, count in counts.items():
-            if count != len(labels):
-                raise UserError(f"{len(labels)} class labels but {count} {name}: give one per image")
-        return labels
-
-
-def _at_least_one(labels: list[int]) -> list[int]:
-    if not labels:
-        raise UserError("no image is asked for: give at least one class label, or seed")
-    return labels
-
-
-def _names(class_names: Iterable[Any] | None) -> list[str]:
-    if isinstance(class_names, str) or not isinstance(class_names, Iterable | None):
-        raise UserError(f"class_names {class_names!r}: give a list of names, one per class")
-    return [] if class_names is None else [str(name) for name in class_names]
-
-
-def _training_side(name: str, value: Any) -> int:
-    side = whole_number(name, value)
-    if not 1 <= side <= LARGEST_SIDE:
-        raise UserError(f"{name} {side}: must be from 1 to {LARGEST_SIDE}")
-    return side
-
-
-def _whole_numbers(seeds: Sequence[int] | None) -> list[int] | None:
-    try:
-        return None if seeds is None else [operator.index(seed) for seed in seeds]
-    except TypeError:
-        raise UserError(f"seeds {seeds!r}: give a list of whole numbers, one per image") from None
-
-
-def _pair(name: str, values: Any) -> tuple[float, float]:
-    try:
-        lo, hi = values
-    except (TypeError, ValueError):
-        raise UserError(f"{name} {values!r}: give two numbers, (lo, hi)") from None
-    return finite_number(name, lo), finite_number(name, hi)
-
-
-def _generators(generator: Any) -> torch.Generator | list[torch.Generator] | None:
-    each = list(generator) if isinstance(generator, list | tuple) else [generator]
-    if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
-        raise UserError(f"generator {generator!r}: give a torch.Generator, or a list of them, one per image")
-    return each if isinstance(generator, list | tuple) else generator
