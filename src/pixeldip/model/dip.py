@@ -6,6 +6,7 @@ B batch, G conditions of each image, C channels, H x W image, P patch side, N = 
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,44 +78,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         absolute_positions: bool = False,
     ):
         super().__init__()
-        sizes = {
-            "in_channels": in_channels,
-            "patch_size": patch_size,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "num_classes": num_classes,
-        }
-        of_head = {"head_width": head_width, "head_depth": head_depth}
-        sizes |= {name: value for name, value in of_head.items() if value is not None}
-        sizes = {name: whole_number(name, value) for name, value in sizes.items()}
-        for name, value in sizes.items():
-            if value < 1 and name != "num_classes":
-                raise UserError(f"{name}={value}: must be at least 1")
-        if num_classes < 0:
-            raise UserError(f"num_classes={num_classes}: must be at least 0 (0 makes an unconditional model)")
-        mlp_ratio = finite_number("mlp_ratio", mlp_ratio)
-        if mlp_ratio <= 0:
-            raise UserError(f"mlp_ratio={mlp_ratio}: must be above 0")
-        if not isinstance(absolute_positions, bool):
-            raise UserError(f"absolute_positions={absolute_positions!r}: give True or False")
-        self.register_to_config(**sizes, mlp_ratio=mlp_ratio)  # plain numbers, which JSON can hold
-        if hidden_size % (4 * num_heads):
-            raise UserError(
-                f"hidden_size={hidden_size} with num_heads={num_heads}: hidden_size must be a multiple of "
-                f"4 * num_heads = {4 * num_heads}"
-            )
-        for name, value, there in (
-            ("head", head, HEADS),
-            ("placement", placement, PLACEMENTS),
-            ("prediction", prediction, OBJECTIVES),
-        ):
-            if not isinstance(value, str) or value not in there:
-                raise UserError(f"{name}={value!r}: choose one of {', '.join(there)}")
-        if placement != "post" and (head == "linear" or depth < 2):
-            why = "DiT-only has no head to place" if head == "linear" else "needs a depth of at least 2"
-            raise UserError(f"placement={placement!r} with head={head!r} and depth={depth}: {why}")
-        patch_dim = in_channels * patch_size**2
+        self.register_to_config(**_plain_sizes(self.config))
+        patch_dim, mlp_ratio = in_channels * patch_size**2, self.config.mlp_ratio
         self.backbone = Backbone(patch_dim, hidden_size, depth, num_heads, mlp_ratio, num_classes, absolute_positions)
         self.injection = None
         if placement != "post":
@@ -286,6 +251,37 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if y.dim() == 2:
             v = v.unflatten(0, y.shape)
         return v if tokens_after is None else (v, tokens)
+
+
+def _plain_sizes(config: Mapping[str, Any]) -> dict[str, int | float]:
+    """A model's sizes as plain numbers, which JSON can hold; UserError unless its configuration fits together."""
+    of_head = [name for name in ("head_width", "head_depth") if config[name] is not None]
+    whole = ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_classes", *of_head)
+    sizes = {name: whole_number(name, config[name]) for name in whole}
+    for name, value in sizes.items():
+        if value < 1 and name != "num_classes":
+            raise UserError(f"{name}={value}: must be at least 1")
+    if sizes["num_classes"] < 0:
+        raise UserError(f"num_classes={sizes['num_classes']}: must be at least 0 (0 makes an unconditional model)")
+    mlp_ratio = finite_number("mlp_ratio", config["mlp_ratio"])
+    if mlp_ratio <= 0:
+        raise UserError(f"mlp_ratio={mlp_ratio}: must be above 0")
+    if not isinstance(config["absolute_positions"], bool):
+        raise UserError(f"absolute_positions={config['absolute_positions']!r}: give True or False")
+    hidden_size, num_heads, depth = sizes["hidden_size"], sizes["num_heads"], sizes["depth"]
+    if hidden_size % (4 * num_heads):
+        raise UserError(
+            f"hidden_size={hidden_size} with num_heads={num_heads}: hidden_size must be a multiple of "
+            f"4 * num_heads = {4 * num_heads}"
+        )
+    for name, there in {"head": HEADS, "placement": PLACEMENTS, "prediction": OBJECTIVES}.items():
+        if not isinstance(config[name], str) or config[name] not in there:
+            raise UserError(f"{name}={config[name]!r}: choose one of {', '.join(there)}")
+    head, placement = config["head"], config["placement"]
+    if placement != "post" and (head == "linear" or depth < 2):
+        why = "DiT-only has no head to place" if head == "linear" else "needs a depth of at least 2"
+        raise UserError(f"placement={placement!r} with head={head!r} and depth={depth}: {why}")
+    return {**sizes, "mlp_ratio": mlp_ratio}
 
 
 def check_inputs(x: Tensor, t: Tensor, y: Tensor, channels: int) -> None:
