@@ -15,7 +15,7 @@ from pixeldip.cli import main
 from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe
 from pixeldip.studies import STUDIES
-from pixeldip.studies.comparison_report import difference, student_t
+from pixeldip.studies.comparison_report import difference, paper_table, student_t
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
 from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
@@ -154,6 +154,12 @@ def test_student_t() -> None:
     t = pytest.importorskip("scipy.stats").t
     assert [student_t(seeds) for seeds in range(2, 12)] == pytest.approx(t.ppf(0.975, range(1, 11)), abs=6e-4)
     assert student_t(100) == student_t(11)
+
+
+def test_the_papers_numbers_are_of_the_papers_sizes() -> None:
+    study = COMPARISONS["scaling"]
+    table = paper_table(study, study.contenders("laptop")[:2])
+    assert [row[:2] for row in table[1:]] == [["DiT-only", "629M"], ["DiT-only, 32 layers", "772M"]]
 
 
 def test_a_comparison_and_what_it_keeps(

@@ -35,10 +35,8 @@ def render(template: str, **content: Any) -> str:
 
 def machine(environment: Mapping[str, Any]) -> str:
     """Where something was measured, from its `provenance.environment`, for people."""
-    return (
-        f"{environment['device']}, {environment['threads']} threads; torch {environment['torch']}, "
-        f"pixeldip {environment['pixeldip']}"
-    )
+    threads = "1 thread" if environment["threads"] == 1 else f"{environment['threads']} threads"
+    return f"{environment['device']}, {threads}; torch {environment['torch']}, pixeldip {environment['pixeldip']}"
 
 
 def write_pages(folder: Path, name: str, content: Mapping[str, Any]) -> Path:

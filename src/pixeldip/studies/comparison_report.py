@@ -92,7 +92,7 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
         "difference_head": ["", *(m.label for m in measures)],
         "differences": _differences(rows, measures),
         "t": f"{student_t(seeds):.1f}" if seeds > 1 else "",
-        "paper": _paper(study, contenders),
+        "paper": paper_table(study, contenders),
         "figures": figures,
         "samples": samples,
         "warnings": sorted({warning for row in rows for result in row.results for warning in result["warnings"]}),
@@ -165,7 +165,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, bo
     return mean, error, abs(mean) > student_t(seeds) * error
 
 
-def _paper(study: Study, contenders: Sequence[Contender]) -> list[list[str]]:
+def paper_table(study: Study, contenders: Sequence[Contender]) -> list[list[str]]:
     """What the paper measured of the contenders that were compared, under the sizes that it measured."""
     names = {c.name for c in contenders}
     theirs = [c for c in study.contenders("paper") if c.name in names]
