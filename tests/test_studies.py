@@ -1,5 +1,6 @@
 """Studies: their contenders, what they measure, and whole ones at tiny size."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ from pixeldip.cli import main
 from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe
 from pixeldip.studies import STUDIES
-from pixeldip.studies.comparison_report import difference, paper_table, student_t
+from pixeldip.studies.comparison_report import Measure, difference, paper_table, student_t
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
 from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
@@ -160,6 +161,13 @@ def test_the_papers_numbers_are_of_the_papers_sizes() -> None:
     study = COMPARISONS["scaling"]
     table = paper_table(study, study.contenders("laptop")[:2])
     assert [row[:2] for row in table[1:]] == [["DiT-only", "629M"], ["DiT-only, 32 layers", "772M"]]
+
+
+def test_real_images_score_otherwise_at_other_patch_sizes() -> None:
+    borders = Measure("boundary", "patch boundary ratio", 1, 2, "as real", (0.848, 0.912, 0.954))
+    assert borders.floor == "0.85 to 0.95"
+    assert dataclasses.replace(borders, floors=(0.951, 0.954)).floor == "0.95"
+    assert dataclasses.replace(borders, floors=()).floor == ""
 
 
 def test_a_comparison_and_what_it_keeps(

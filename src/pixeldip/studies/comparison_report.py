@@ -45,11 +45,17 @@ class Measure:
     scale: float
     digits: int
     better: str
-    floor: float | None
+    floors: tuple[float, ...]
+    """More than one where contenders of other patch sizes are measured otherwise; none of the loss."""
 
     @property
     def direction(self) -> str:
         return "dotted: real images" if self.better == "as real" else f"{self.better} is better"
+
+    @property
+    def floor(self) -> str:
+        """What real images score, from the least to the most."""
+        return " to ".join(dict.fromkeys(self.text([floor]) for floor in self.floors[:1] + self.floors[-1:]))
 
     def text(self, values: Sequence[float]) -> str:
         return mean_and_spread([self.scale * value for value in values], self.digits)
@@ -88,7 +94,7 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
         "facts": _facts(settings, rows),
         "head": ["", *(m.label for m in measures), "parameters", "GFLOPs", "guided step", "training"],
         "table": [_cells(row, measures, rows) for row in rows],
-        "floors": ["real images", *(_floor(m) for m in measures), "", "", "", ""],
+        "floors": ["real images", *(m.floor for m in measures), "", "", "", ""],
         "difference_head": ["", *(m.label for m in measures)],
         "differences": _differences(rows, measures),
         "t": f"{student_t(seeds):.1f}" if seeds > 1 else "",
@@ -104,13 +110,14 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
 
 def _measures(rows: Sequence[Row]) -> list[Measure]:
     first = rows[0].results[0]
-    measures = [Measure(LOSS, "validation loss", 1, 4, "lower", None)]
+    measures = [Measure(LOSS, "validation loss", 1, 4, "lower", ())]
     for name in first["metrics"]:
-        floor = first["floors"].get(name, {}).get("real")
+        known = {result["floors"].get(name, {}).get("real") for row in rows for result in row.results}
+        floors = tuple(sorted(known - {None}))
         metric, label = METRICS[name], first["labels"][name]
         largest = max(abs(metric.scale * result["metrics"][name]) for row in rows for result in row.results)
         digits = 1 if largest >= 100 else 2 if largest >= 2 else 3
-        measures.append(Measure(name, label, metric.scale, digits, metric.better, floor))
+        measures.append(Measure(name, label, metric.scale, digits, metric.better, floors))
     return measures
 
 
@@ -125,10 +132,6 @@ def _cells(row: Row, measures: Sequence[Measure], rows: Sequence[Row]) -> list[s
         f"{1e3 * row.cost['latency']:.3g} ms (×{row.cost['latency'] / fastest:.2f})",
         f"{rate:.3g} images/s",
     ]
-
-
-def _floor(measure: Measure) -> str:
-    return "" if measure.floor is None else measure.text([measure.floor])
 
 
 def _differences(rows: Sequence[Row], measures: Sequence[Measure]) -> list[tuple[str, list[tuple[str, bool]]]]:
@@ -218,8 +221,8 @@ def _dots(rows: Sequence[Row], measures: Sequence[Measure]) -> Figure:
             spread = statistics.stdev(values) if len(values) > 1 else 0
             axes.plot(values, [place] * len(values), "o", color=ACCENT, alpha=0.35, markersize=4, markeredgewidth=0)
             axes.errorbar(statistics.fmean(values), place, xerr=spread, fmt="o", color=ACCENT, capsize=3, markersize=6)
-        if measure.floor is not None:
-            axes.axvline(measure.scale * measure.floor, color="#888", linestyle=":", linewidth=1.2)
+        for floor in measure.floors:
+            axes.axvline(measure.scale * floor, color="#888", linestyle=":", linewidth=1.2)
         axes.set_title(f"{measure.label}\n{measure.direction}", fontsize=9)
         light_frame(axes, axis="x")
         axes.tick_params(labelsize=8)
