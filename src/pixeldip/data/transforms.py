@@ -48,10 +48,10 @@ def upright_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) that `decode` will return, by the file's header alone; None if that cannot be read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception:  # as in `decode`
+    except Exception:  # as in `decode`, which tells
         return None
     return image.size if on_its_side else (image.height, image.width)
 
