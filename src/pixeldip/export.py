@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .arguments import ExportArguments
 from .errors import UserError
-from .files import check_writable, write_json, writing
+from .files import check_writable, write_json
 from .flow import VelocityNetwork, time_grid
 from .model import DiP, check_size
 from .pipeline import DiPPipeline
@@ -69,28 +69,32 @@ def export_model(
         check_writable(out / name)
     with console.status("tracing"), _quiet():
         program = torch.export.export(model, _inputs(model, height, width, 2), dynamic_shapes=_dynamic_batch())
-    with writing(out), tempfile.TemporaryDirectory(prefix=".export-", dir=out) as partial:
-        written = _write_programs(program, Path(partial), format, console)
-        with console.status("checking"):
-            errors = {name: difference(velocity, model, height, width) for name, velocity in written.items()}
-        for name, error in errors.items():
-            if not error <= TOLERANCE:  # nor is NaN
-                raise UserError(
-                    f"{out / name}: differs from the model by {error:.2g} of its largest value; it was not written"
-                )
-        record = {
-            **made_by(),
-            "height": height,
-            "width": width,
-            "channels": model.config.in_channels,
-            "null_class": model.config.num_classes,
-            "class_names": pipeline.config.class_names,
-            "times": time_grid(STEPS, 1.0, model.objective),
-            "differences": errors,
-        }
-        write_json(Path(partial) / RECORD, record)
-        for path in Path(partial).iterdir():
-            path.replace(out / path.name)
+    # not `writing`: a failure's traceback would keep its frames, and torch 2.11 crashes when the program goes with them
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as partial:
+            written = _write_programs(program, Path(partial), format, console)
+            with console.status("checking"):
+                errors = {name: difference(velocity, model, height, width) for name, velocity in written.items()}
+            for name, error in errors.items():
+                if not error <= TOLERANCE:  # nor is NaN
+                    raise UserError(
+                        f"{out / name}: differs from the model by {error:.2g} of its largest value; it was not written"
+                    )
+            record = {
+                **made_by(),
+                "height": height,
+                "width": width,
+                "channels": model.config.in_channels,
+                "null_class": model.config.num_classes,
+                "class_names": pipeline.config.class_names,
+                "times": time_grid(STEPS, 1.0, model.objective),
+                "differences": errors,
+            }
+            write_json(Path(partial) / RECORD, record)
+            for path in Path(partial).iterdir():
+                path.replace(out / path.name)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return errors
 
 
