@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def held_out_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def still() -> StillImages:
     return StillImages()
+
+
+def test_help_names_every_study(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        study("--help")
+    assert set(STUDIES) <= set(re.findall(r"[\w-]+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize("scale", ["laptop", "gpu", "paper"])

@@ -116,7 +116,7 @@ class StudyArguments:
     """Repeat a study of the paper at the scale you can afford; the same command goes on where it stopped."""
 
     name: tyro.conf.Positional[str] = tyro.MISSING
-    """heads, scaling, placement, head-config, patch-size (comparisons), overfit or features."""
+    """heads, scaling, placement, head-config, patch-size, prediction (comparisons), overfit or features."""
     scale: Literal["laptop", "gpu", "paper"] = "laptop"
     """laptop: an hour at most on 2 cores; gpu: 25 minutes of one large GPU; paper: the full recipe, for a cluster."""
     out: Path | None = None
