@@ -28,7 +28,7 @@ from .sampling import load_pipeline
 from .terminal import PlainConsole, say
 from .training import train
 
-SAMPLES_PER_CLASS = 10
+SAMPLES_PER_CLASS = 8
 STEPS = 20
 GUIDANCE = 2.0
 PATH_IMAGES = 8
