@@ -316,7 +316,7 @@ def test_bundled_pictures() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", "data.source is missing"),
+        ("", "the name of the images is empty"),
         ("./nowhere", "no such folder"),
         ("{tmp}/empty", "no image, .parquet or .tar files"),
         ("{tmp}", r"holds \.parquet and pictures; give a folder that holds one kind"),
@@ -362,7 +362,7 @@ def test_the_shard_that_cannot_be_read_is_named(
     first, second = (tmp_path / f"{name}.{'tar' if write is shard else 'parquet'}" for name in "ab")
     write(first, **good)
     second.touch() if bad is None else write(second, **bad)
-    with pytest.raises(UserError, match=f"^data.source {tmp_path}: {second}: .*{message}"):
+    with pytest.raises(UserError, match=f"^{tmp_path}: {second}: .*{message}"):
         open_source(DataSection(source=str(tmp_path)))
     assert "Failed" not in capfd.readouterr().err
 
@@ -379,7 +379,7 @@ def test_columns_of_bytes_are_images_by_choice(tmp_path: Path) -> None:
 def test_columns_that_are_not_there(picture_folder: Path) -> None:
     with pytest.raises(UserError, match="no column of images called pic; its columns are image, label"):
         open_source(DataSection(source=str(picture_folder), image_column="pic"))
-    with pytest.raises(UserError, match="no such column"):
+    with pytest.raises(UserError, match="label column kind: no such column"):
         open_source(DataSection(source=str(picture_folder), label_column="kind"))
 
 

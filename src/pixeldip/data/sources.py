@@ -144,26 +144,26 @@ def open_source(section: DataSection) -> Source:
     """Finds out what `source` is and opens it.
 
     Raises:
-        UserError: if there is no such source, or it holds no images.
+        UserError: if there is no such source, or it holds no images. The message begins with its name; where that
+            came from, a recipe or a flag, is for the caller to put in front.
     """
     import datasets
 
     if not section.source:
-        raise UserError("data.source is missing: give an image folder, for instance --data.source my-photos/")
+        raise UserError("the name of the images is empty: give a folder, a file or a hub dataset")
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors are raised, too
     datasets.disable_progress_bars()
     builder, arguments, pictures = _builder(section.source, section.split)
     try:
         rows = datasets.load_dataset(builder, split=section.split, **arguments)
     except Exception as error:  # datasets raises many kinds
-        raise UserError(f"data.source {section.source}: {_why_unread(section.source, error)}") from error
+        raise UserError(f"{section.source}: {_why_unread(section.source, error)}") from error
     if len(rows) == 0:
-        raise UserError(f"data.source {section.source}: no images in it")
+        raise UserError(f"{section.source}: no images in it")
     source = _with_columns(rows, section)
     if pictures is None:
         return source
-    told = pictures.warnings(source.rows, source.image_column, section)
-    warnings = tuple(f"data.source {section.source}: {text}" for text in told)
+    warnings = tuple(pictures.warnings(source.rows, source.image_column, section))
     return replace(source, no_files=pictures.no_files, warnings=warnings)
 
 
@@ -171,6 +171,9 @@ def class_count(section: DataSection) -> int | None:
     """How many classes a source has, as far as that shows without opening it; None: it does not.
 
     It shows in the folders of images, and in the schema of parquet files. Images that a metadata file names are opened.
+
+    Raises:
+        UserError: as of `open_source`.
     """
     import datasets
 
@@ -191,7 +194,7 @@ def class_count(section: DataSection) -> int | None:
         try:
             schema = parquet.read_schema(glob.glob(files if isinstance(files, str) else files[0])[0])
         except (OSError, ArrowException) as error:
-            raise UserError(f"data.source {section.source}: {_first_line(error)}") from error
+            raise UserError(f"{section.source}: {_first_line(error)}") from error
         features = datasets.Features.from_arrow_schema(schema)
         column = section.label_column or _class_column(features)
         if column is None:
@@ -209,16 +212,14 @@ def _builder(source: str, split: str) -> tuple[str, dict[str, Any], Pictures | N
     if path.is_file():
         if path.suffix in BUILDERS:
             return BUILDERS[path.suffix], {"data_files": {"train": glob.escape(str(path))}}, None
-        raise UserError(
-            f"data.source {source}: a file, but neither .parquet nor .tar; give the folder that holds the images"
-        )
+        raise UserError(f"{source}: a file, but neither .parquet nor .tar; give the folder that holds the images")
     if path.is_dir():
         shards: dict[str, list[str]] = {suffix: [] for suffix in BUILDERS}
         others: Counter[str] = Counter()
         has_images = False
         for count, (folder, names) in enumerate(walk(path)):
             if count == _MOST_FOLDERS:
-                raise UserError(f"data.source {source}: more than {_MOST_FOLDERS} folders, those behind links included")
+                raise UserError(f"{source}: more than {_MOST_FOLDERS} folders, those behind links included")
             for name in names:
                 suffix = os.path.splitext(name)[1].lower()
                 has_images |= is_image(name)
@@ -229,9 +230,9 @@ def _builder(source: str, split: str) -> tuple[str, dict[str, Any], Pictures | N
         kinds = [suffix for suffix in BUILDERS if shards[suffix]] + ["pictures"] * has_images
         if not kinds:
             why = f"; {passed_over(others)}" if others else ""
-            raise UserError(f"data.source {source}: no image, .parquet or .tar files in this folder{why}")
+            raise UserError(f"{source}: no image, .parquet or .tar files in this folder{why}")
         if len(kinds) > 1:
-            raise UserError(f"data.source {source}: holds {' and '.join(kinds)}; give a folder that holds one kind")
+            raise UserError(f"{source}: holds {' and '.join(kinds)}; give a folder that holds one kind")
         (kind,) = kinds
         if kind in BUILDERS:
             by_split = _by_split({os.path.relpath(shard, path): glob.escape(shard) for shard in shards[kind]}, split)
@@ -239,12 +240,12 @@ def _builder(source: str, split: str) -> tuple[str, dict[str, Any], Pictures | N
         try:
             return "imagefolder", *image_folder(path, split)
         except Exception as error:  # datasets raises many kinds
-            raise UserError(f"data.source {source}: {_first_line(error)}") from error
+            raise UserError(f"{source}: {_first_line(error)}") from error
     if "://" in source:
         return *_remote(source, split), None
     if may_be_hub_id(source):
         return source, {}, None
-    raise UserError(f"data.source {source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
+    raise UserError(f"{source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
 
 
 def _remote(source: str, split: str) -> tuple[str, dict[str, Any]]:
@@ -255,14 +256,14 @@ def _remote(source: str, split: str) -> tuple[str, dict[str, Any]]:
         filesystem, path = fsspec.core.url_to_fs(source)
         files = [filesystem.unstrip_protocol(file) for file in sorted(filesystem.find(path))]
     except ImportError as error:  # names the package for this kind of store
-        raise UserError(f"data.source {source}: {_first_line(error)}") from None
+        raise UserError(f"{source}: {_first_line(error)}") from None
     except Exception as error:  # each store's client raises its own kinds
-        raise UserError(f"data.source {source}: cannot be reached ({_first_line(error)})") from error
+        raise UserError(f"{source}: cannot be reached ({_first_line(error)})") from error
     base = filesystem.unstrip_protocol(path)
     for suffix, builder in BUILDERS.items():
         if shards := {file.removeprefix(base): file for file in files if file.lower().endswith(suffix)}:
             return builder, {"data_files": _by_split(shards, split)}
-    raise UserError(f"data.source {source}: no .parquet or .tar files there")
+    raise UserError(f"{source}: no .parquet or .tar files there")
 
 
 def _by_split(shards: Mapping[str, str], split: str) -> dict[str, list[str]]:
@@ -291,19 +292,20 @@ def _with_columns(rows: Any, section: DataSection) -> Source:
     if image_column not in images + files:
         called = f" called {image_column}" if image_column else ""
         advice = f"; if {files[0]} holds images' files: --data.image-column {shlex.quote(files[0])}" if files else ""
-        raise UserError(f"data.source {section.source}: no column of images{called}; {columns}{advice}")
+        raise UserError(f"{section.source}: no column of images{called}; {columns}{advice}")
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
 
     label_column = section.label_column or _class_column(rows.features)
     if label_column in (None, "none"):
         return Source(rows, image_column, None, ())
     if label_column not in rows.features:
-        raise UserError(f"data.label_column {label_column}: no such column; {columns}")
+        raise UserError(f"{section.source}: label column {label_column}: no such column; {columns}")
     if not isinstance(rows.features[label_column], datasets.ClassLabel):
         try:
             rows = rows.class_encode_column(label_column)
         except Exception as error:  # datasets and Arrow raise many kinds
-            raise UserError(f"data.label_column {label_column}: holds no classes ({_first_line(error)})") from error
+            why = f"label column {label_column}: holds no classes ({_first_line(error)})"
+            raise UserError(f"{section.source}: {why}") from error
     return Source(rows, image_column, label_column, tuple(rows.features[label_column].names))
 
 

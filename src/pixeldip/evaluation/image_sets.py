@@ -107,7 +107,7 @@ class SourceImages:
     @property
     def warnings(self) -> list[str]:
         """What the source tells, without the words of a recipe."""
-        return [text.removeprefix("data.source ").removesuffix(WITHOUT_CLASSES) for text in self.source.warnings]
+        return [f"{self.name}: {text.removesuffix(WITHOUT_CLASSES)}" for text in self.source.warnings]
 
     @cached_property
     def content_hash(self) -> str:
@@ -128,10 +128,5 @@ def open_images(
     Raises:
         UserError: if there is no such source, or it holds no images.
     """
-    if not name:
-        raise UserError("the name of the images is empty: give a folder, a file or a hub dataset")
-    try:
-        source = open_source(DataSection(source=name, split=split, label_column=label_column))
-    except UserError as error:
-        raise UserError(str(error).removeprefix("data.source ")) from error
+    source = open_source(DataSection(source=name, split=split, label_column=label_column))
     return SourceImages(source, name, size, allow_enlarging, skip_broken)

@@ -94,7 +94,10 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
     check_out(recipe)
     trained = _trained_config(recipe)
     check_recipe(recipe, 1, trained)
-    classes = class_count(recipe.data) if options.classes is None else options.classes
+    try:
+        classes = class_count(recipe.data) if options.classes is None else options.classes
+    except UserError as error:
+        raise UserError(f"data.source {error}") from error
     if classes is None:
         classes = IMAGENET_CLASSES
         notes.append(f"{classes} classes, as in ImageNet: data.source does not show how many; --plan.classes does")

@@ -163,7 +163,7 @@ def open_images(recipe: Recipe, options: ComparisonOptions) -> tuple[Source, Sou
     try:
         training = open_source(recipe.data)
     except UserError as error:
-        raise UserError(f"--data {str(error).removeprefix('data.source ')}") from error
+        raise UserError(f"--data {error}") from error
     section = dataclasses.replace(
         recipe.data, source=options.held_out or recipe.data.source, split=options.held_out_split
     )

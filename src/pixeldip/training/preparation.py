@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..data import Source, changes, fingerprint
+from ..data import Source, changes, fingerprint, open_source
 from ..errors import UserError
 from ..files import write_json
 from ..flow import Stream, check_interval, fold_seed
 from ..model import DiP, check_size, preset_config
 from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
-from ..recipe import ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
+from ..recipe import DataSection, ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint, read_metrics
 from ..saved_model import INDEX
 from ..terminal import say
@@ -105,6 +105,20 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
         depth = DiP(**sizes).config.depth
     if recipe.alignment.weight and recipe.alignment.block > depth:
         raise UserError(f"alignment.block {recipe.alignment.block}: the model has {depth} blocks")
+
+
+def open_data(section: DataSection) -> Source:
+    """The images of a recipe.
+
+    Raises:
+        UserError: if there are none of that name, or none is given.
+    """
+    if not section.source:
+        raise UserError("data.source is missing: give an image folder, for instance --data.source my-photos/")
+    try:
+        return open_source(section)
+    except UserError as error:
+        raise UserError(f"data.source {error}") from error
 
 
 def model_config(section: ModelSection, num_classes: int, trained: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from ..data import (
     PositionSampler,
     TrainingImages,
     check_broken,
-    open_source,
     report_broken,
 )
 from ..model import DiP, network_config
@@ -43,6 +42,7 @@ from .preparation import (
     check_resume,
     introduce,
     not_compared,
+    open_data,
     prepare_run_folder,
     seeded_initialisation,
 )
@@ -105,7 +105,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         pretrained = load_pretrained(recipe.model.pretrained, processes)
         trained = network_config(pretrained.model.config)
     check_recipe(recipe, processes.world_size, trained)
-    source = open_source(recipe.data)
+    source = open_data(recipe.data)
     data, changed = processes.on_main(lambda: check_data(run, source, recipe.data.accept_changes))
     model = build_model(recipe.model, len(source.class_names), training.seed, trained)
     if pretrained:
@@ -128,7 +128,8 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     if processes.is_main:
         prepare_run_folder(run, recipe, processes, first_step, start, data)
     changed_images = [f"data.source changed: {changed}"] if changed else []
-    for warning in [*source.warnings, *small_images, *gone, *damaged, *changed_schedule, *changed_images]:
+    unused = [f"data.source {recipe.data.source}: {text}" for text in source.warnings]
+    for warning in [*unused, *small_images, *gone, *damaged, *changed_schedule, *changed_images]:
         warn(console, warning)
     introduce(console, recipe, model, source, processes, first_step, start)
     metrics = None
