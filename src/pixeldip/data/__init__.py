@@ -1,7 +1,7 @@
 """Images for training: sources, transforms and an order that is a pure function."""
 
 from .fingerprint import changes, fingerprint
-from .loader import Batch, Batches, TrainingImages, check_broken, report_broken
+from .loader import Batch, Batches, TrainingImages
 from .npz import NpzFile, NpzImages, NpzWriter
 from .order import EpochOrder, PositionSampler
 from .sources import Source, class_count, open_source
@@ -20,10 +20,8 @@ __all__ = [
     "TrainingImages",
     "centre_crop",
     "changes",
-    "check_broken",
     "class_count",
     "decode",
     "fingerprint",
     "open_source",
-    "report_broken",
 ]

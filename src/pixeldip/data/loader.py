@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from ..processes import Processes
 from ..recipe import DataSection, image_size
 from ..terminal import say
 from .order import EpochOrder, PositionSampler, is_flipped
@@ -102,8 +103,8 @@ class TrainingImages(Dataset):
                 labels[i] = label
                 if image is not None:
                     memory[i] = image
-        check_broken(self.broken, self.source, self.section)
-        report_broken(self.broken, console)
+        _check_broken(self.broken, self.source, self.section)
+        _report_broken(self.broken, console)
         self._memory, self._labels = memory, labels
 
     def _decode(self, index: int) -> tuple[np.ndarray, int]:
@@ -126,14 +127,14 @@ class TrainingImages(Dataset):
                 break
             except BrokenImage as error:
                 broken[index] = str(error)
-                check_broken(broken, self.source, self.section)
+                _check_broken(broken, self.source, self.section)
                 index = (index + 1) % len(self)
         if self.section.flip and is_flipped(self.seed, epoch, index):
             image = image[:, ::-1]
         return image, label, position, broken
 
 
-def check_broken(broken: dict[int, str], source: Source, section: DataSection) -> None:
+def _check_broken(broken: dict[int, str], source: Source, section: DataSection) -> None:
     """Raises UserError if the rows found broken so far are more than the recipe allows."""
     if len(broken) > min(section.max_broken * len(source), len(source) - 1):
         first = "\n  ".join(list(broken.values())[:5])
@@ -143,7 +144,7 @@ def check_broken(broken: dict[int, str], source: Source, section: DataSection) -
         )
 
 
-def report_broken(broken: dict[int, str], console: Console) -> None:
+def _report_broken(broken: dict[int, str], console: Console) -> None:
     for why in broken.values():
         say(console, f"skipped, cannot be read: {why}", "yellow")
 
@@ -183,8 +184,9 @@ class Batches(Iterator[Batch]):
             # workers draw nothing at random; a generator of its own keeps the loader off the global one
             generator=torch.Generator().manual_seed(0),
         )
-        self._batches = iter(loader)
-        self._broken: dict[int, str] = {}
+        self.images, self._batches = images, iter(loader)
+        self._broken = dict(images.broken)
+        self._newly_broken: dict[int, str] = {}
         self.waited = 0.0
         """Seconds spent waiting for a batch so far."""
 
@@ -198,10 +200,17 @@ class Batches(Iterator[Batch]):
             time.sleep(5)  # cut short by torch's own error, which would otherwise come in the middle of what follows
             raise RuntimeError("DataLoader worker (pid unknown) exited while it handed over a batch") from error
         self.waited += time.perf_counter() - began
-        self._broken |= batch.broken
+        self._newly_broken |= batch.broken
         return batch
 
-    def newly_broken(self) -> dict[int, str]:
-        """Rows that could not be read on the way to the batches since the last call, and why."""
-        found, self._broken = self._broken, {}
-        return found
+    def look(self, processes: Processes, console: Console) -> None:
+        """Says which rows could not be read, in any process, since the last look; all processes take part.
+
+        Raises:
+            UserError: if they are too many by now.
+        """
+        newly = {row: why for found in processes.everyones(self._newly_broken) for row, why in found.items()}
+        self._newly_broken = {}
+        _report_broken({row: why for row, why in newly.items() if row not in self._broken}, console)
+        self._broken |= newly
+        _check_broken(self._broken, self.images.source, self.images.section)

@@ -47,17 +47,18 @@ def _pass_flops(model: DiP, images: int, height: int, width: int) -> int:
 
 
 class Progress:
-    """Logs a run from its main process. Use as a context manager."""
+    """Logs a run from its main process; in the others it does nothing. Use as a context manager."""
 
     def __init__(self, run: Path, recipe: Recipe, console: Console, first_step: int, processes: Processes):
         self.recipe, self.console, self.processes = recipe, console, processes
         self.started = time.perf_counter()
         self.paused = 0.0
         self._waited = 0.0
-        self.trackers = [_TRACKERS[name](run, recipe) for name in recipe.logging.trackers]
-        self._metrics = (run / METRICS).open("a+b")
+        path, trackers = (run / METRICS, recipe.logging.trackers) if processes.is_main else (Path(os.devnull), ())
+        self.trackers = [_TRACKERS[name](run, recipe) for name in trackers]
+        self._metrics = path.open("a+b")
         self._end_half_a_line()
-        self._status = console.status("starting") if console.is_terminal else None
+        self._status = console.status("starting") if console.is_terminal and processes.is_main else None
         self._window = (self.started, first_step)
 
     def __enter__(self) -> "Progress":

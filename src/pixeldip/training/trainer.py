@@ -13,14 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..data import (
-    Batches,
-    EpochOrder,
-    PositionSampler,
-    TrainingImages,
-    check_broken,
-    report_broken,
-)
+from ..data import Batches, EpochOrder, PositionSampler, TrainingImages
 from ..model import DiP, network_config
 from ..processes import Processes, autocast, start_processes
 from ..provenance import restart
@@ -142,45 +135,34 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         "data": data["sha256"],
         "data_changed": changed,
     }
-    return _loop(recipe, run, learner, images, metrics, started, processes, console)
+    return _steps(learner, images, metrics, started, console)
 
 
-def _loop(
-    recipe: Recipe,
-    run: Path,
+def _steps(
     learner: Learner,
     images: TrainingImages,
     metrics: TrainingMetrics | None,
     started: dict[str, Any],
-    processes: Processes,
     console: Console,
 ) -> Outcome:
-    first_step = started["step"]
-    training, source = recipe.training, images.source
+    """The steps, and what is due after each."""
+    recipe, processes, first_step = learner.recipe, learner.processes, started["step"]
+    training, run = recipe.training, Path(recipe.out)
     height, width = images.size
-    sampling = recipe.preview.pipeline_arguments()
-    pipeline = {"height": height, "width": width, "class_names": list(source.class_names), "sampling": sampling}
+    class_names, sampling = list(images.source.class_names), recipe.preview.pipeline_arguments()
+    pipeline = {"height": height, "width": width, "class_names": class_names, "sampling": sampling}
     saved = Checkpoints(run, learner.network, learner.ema, learner.optimizer, pipeline, training.keep_last, processes)
-    sampler = PositionSampler(
-        training.batch_size,
-        first_step,
-        training.steps,
-        training.gradient_accumulation,
-        processes.rank,
-        processes.world_size,
-    )
+    parts, share = training.gradient_accumulation, (processes.rank, processes.world_size)
+    sampler = PositionSampler(training.batch_size, first_step, training.steps, parts, *share)
     stream = Batches(images, sampler, pin_memory=processes.device.type == "cuda")
-    broken = dict(images.broken)
-    watch = Watch(training, EpochOrder(len(source), training.seed), processes)
+    watch = Watch(training, EpochOrder(len(images), training.seed), processes)
     with _signals() as caught, contextlib.ExitStack() as stack:
         stack.callback(saved.abandon)
-        progress = (
-            stack.enter_context(Progress(run, recipe, console, first_step, processes)) if processes.is_main else None
-        )
-        if progress:
+        progress = stack.enter_context(Progress(run, recipe, console, first_step, processes))
+        if processes.is_main:
             progress.event("start", **started, **restart(processes))
         for step in range(first_step, training.steps):
-            learner.step(step, itertools.islice(stream, training.gradient_accumulation), watch)
+            learner.step(step, itertools.islice(stream, parts), watch)
 
             done = step + 1
             logs, saves, previews, evaluates = (
@@ -191,36 +173,31 @@ def _loop(
             stops &= done < training.steps  # after the last one the run is complete
             if logs or saves or stops:
                 diverged = watch.look()
-                if progress:
-                    progress.divergence(diverged)
+                progress.divergence(diverged)
                 check_divergence(training, run, diverged)
-                newly = {row: why for found in processes.everyones(stream.newly_broken()) for row, why in found.items()}
-                report_broken({row: why for row, why in newly.items() if row not in broken}, console)
-                broken |= newly
-                check_broken(broken, source, recipe.data)
-            if logs and (means := watch.means()) and progress:
+                stream.look(processes, console)
+            if logs and (means := watch.means()):
                 progress.step(done, learner.flops, stream.waited, **means, lr=learner.learning_rate)
+
             began = time.perf_counter()
             if saves or stops or previews or evaluates:
                 averaged = whole_model(learner.ema.model)
             if saves or stops:
                 saved.save(done, averaged)
-            if previews and progress:
+            if previews and processes.is_main:
                 with autocast(processes.device, learner.precision):
                     save_preview(run, done, averaged, pipeline, recipe.preview)
             if evaluates and not stops:
-                evaluation = metrics.measure(averaged, pipeline)
-                if progress:
-                    progress.evaluation(done, evaluation)
-            if progress:
-                progress.pause(time.perf_counter() - began)
+                progress.evaluation(done, metrics.measure(averaged, pipeline))
+            progress.pause(time.perf_counter() - began)
+
             if stops:
                 saved.wait()
-                if progress:
-                    progress.event("interrupted", step=done, signal=next(iter(caught), signal.SIGTERM))
+                by = next(iter(caught), signal.SIGTERM)
+                progress.event("interrupted", step=done, signal=by)
                 processes.barrier()
                 say(console, f"stopped after step {done}; the same command goes on from there")
-                return Outcome(run, done, next(iter(caught), signal.SIGTERM))
+                return Outcome(run, done, by)
         saved.wait()
         processes.barrier()
     return Outcome(run, training.steps)
