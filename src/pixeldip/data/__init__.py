@@ -2,7 +2,8 @@
 
 from .fingerprint import changes, fingerprint
 from .loader import Batch, Batches, TrainingImages
-from .npz import NpzFile, NpzImages, NpzWriter
+from .npz import NpzFile, NpzImages
+from .npz_writer import NpzWriter
 from .order import EpochOrder, PositionSampler
 from .sources import Source, class_count, open_source
 from .transforms import BrokenImage, centre_crop, decode

@@ -1,11 +1,10 @@
 """Batches of images in one file, as ADM's tools write and read them.
 
 An `.npz` with `arr_0` (N, H, W, 3) uint8 and, optionally, `arr_1` (N,) class ids; a reference batch also holds
-`mu, sigma, mu_s, sigma_s` (Dhariwal & Nichol 2021). Nothing here unpickles, and no array is read before its
-claimed size has been compared with what the file can hold.
+`mu, sigma, mu_s, sigma_s` (Dhariwal & Nichol 2021). They are read here, and written in `npz_writer`. Nothing unpickles,
+and no array is read before its claimed size has been compared with what the file can hold.
 """
 
-import contextlib
 import io
 import json
 import math
@@ -14,14 +13,12 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from ..files import check_writable, writing
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _LONGEST_HEADER = 10_000
@@ -241,75 +238,3 @@ class NpzImages:
             raise UserError(f"{self.file.path}: {self._name} is damaged ({error})") from error
         self._position = stop
         return images
-
-
-class NpzWriter:
-    """Writes an `.npz` of images batch by batch. Use as a context manager.
-
-    The file appears under its name at the end of the block; after an error nothing is left of it.
-
-    Args:
-        count, height, width: of the images that will be added.
-        made_with: settings to keep in the file (its zip comment), where numpy and ADM's tools do not look.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-
-    def __init__(self, path: Path | str, count: int, height: int, width: int, made_with: dict[str, Any] | None = None):
-        self.path = Path(path)
-        self.shape = (count, height, width, 3)
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._comment = json.dumps(made_with or {}).encode()[:65535]
-        self._written = 0
-        self._archive: zipfile.ZipFile | None = None
-        self._images: IO[bytes] | None = None
-
-    def __enter__(self) -> "NpzWriter":
-        check_writable(self.path)
-        with writing(self.path), contextlib.ExitStack() as unless_ready:
-            unless_ready.callback(self._let_go)
-            self._archive = zipfile.ZipFile(self._partial, "w", zipfile.ZIP_STORED)
-            self._archive.comment = self._comment
-            self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
-            header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-            np.lib.format.write_array_header_1_0(self._images, header)
-            unless_ready.pop_all()
-        return self
-
-    def add(self, images: np.ndarray) -> None:
-        """The next images, uint8 (n, H, W, 3)."""
-        if images.dtype != np.uint8 or images.shape[1:] != self.shape[1:]:
-            raise ValueError(f"images {images.dtype} {images.shape}, expected uint8 (n, {self.shape[1:]})")
-        with writing(self.path):
-            self._images.write(np.ascontiguousarray(images).data)
-        self._written += len(images)
-
-    def finish(self, **arrays: np.ndarray) -> None:
-        """Ends the images and writes further arrays; at most once, after the last `add`."""
-        if self._written != self.shape[0]:
-            raise ValueError(f"{self._written} images were added, expected {self.shape[0]}")
-        with writing(self.path):
-            self._images.close()
-            for name, array in arrays.items():
-                with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                if not self._images.closed:
-                    self.finish()
-                with writing(self.path):
-                    self._archive.close()
-                    self._partial.replace(self.path)
-        finally:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        """Closes what is open, which after an error Python would try later, and say so; leaves nothing unfinished."""
-        for part in (self._images, self._archive):
-            with contextlib.suppress(OSError):
-                if part is not None:
-                    part.close()
-        self._partial.unlink(missing_ok=True)
