@@ -38,7 +38,7 @@ from pixeldip.app.training import POINTS, RunNow
 from pixeldip.images import read_note, save_png
 from pixeldip.model import HEADS
 from pixeldip.recipe import save_recipe
-from pixeldip.run_folder import METRICS, RECIPE
+from pixeldip.run_folder import LOG, RECIPE
 from pixeldip.sampling import SampledImages
 from pixeldip.settings import SamplingSettings
 
@@ -318,16 +318,16 @@ def test_a_run_as_its_folder_shows_it(tmp_path: Path) -> None:
     save_recipe(tiny_recipe(run, "emoji", training={"steps": 1000, "batch_size": 4}), run / RECIPE)
     lines = [{"step": i, "loss": 1 / i, "images_per_second": 8.0} for i in range(1, 901)]
     events = [{"event": "evaluation", "step": 500, "metrics": {"kid_efficientnet": 0.25}, "floors": {}}]
-    (run / METRICS).write_text("\n".join(map(json.dumps, [*lines, *events])) + '\n{"step": 901, "lo')
+    (run / LOG).write_text("\n".join(map(json.dumps, [*lines, *events])) + '\n{"step": 901, "lo')
     now = RunNow.read(run)
     assert "step 900 of 1,000" in now.line() and "0:50 left" in now.line()  # 100 steps of 4 images at 8 a second
     curve = now.curve("loss")
     assert len(curve) <= POINTS and curve["loss"].iloc[0] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
     assert now.table()[0][0] == "500" and now.table()[0][2] == "2.0"
     assert now.measured().to_dict("records") == [{"step": 500, "kid_efficientnet": "0.25"}]
-    os.utime(run / METRICS, (0, 0))
+    os.utime(run / LOG, (0, 0))
     assert "nothing new for" in RunNow.read(run).line()
-    (run / METRICS).write_text(json.dumps({"step": 1000, "loss": 0.1, "images_per_second": 8.0}) + "\n")
+    (run / LOG).write_text(json.dumps({"step": 1000, "loss": 0.1, "images_per_second": 8.0}) + "\n")
     assert RunNow.read(run).line().endswith("done")
-    (run / METRICS).write_text("")
+    (run / LOG).write_text("")
     assert "no step is logged yet" in RunNow.read(run).line() and len(RunNow.read(run).curve("loss")) == 0

@@ -27,7 +27,7 @@ RECIPE = "recipe.yaml"
 ENVIRONMENT = "environment.json"
 START = "start.json"
 DATA = "data.json"
-METRICS = "metrics.jsonl"
+LOG = "metrics.jsonl"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 PREVIEWS = "previews"
@@ -114,7 +114,7 @@ def _by_step(run: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[s
 
 def _lines(run: Path) -> Iterator[dict[str, Any]]:
     """The entries of metrics.jsonl; lines that are none are passed over."""
-    path = run / METRICS
+    path = run / LOG
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
             entry = json.loads(line)

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from ..pipeline import DiPPipeline
-from ..run_folder import METRICS, names_a_model, resolve_model
+from ..run_folder import LOG, names_a_model, resolve_model
 from ..sampling import load_pipeline
 from ..saved_model import INDEX
 
@@ -40,8 +40,8 @@ class Models:
     def runs(self) -> list[str]:
         """Run folders that have begun to train, the one written last first."""
         named = [Path(name) for name in self.named if Path(name).is_dir()]
-        runs = {folder: (folder / METRICS) for folder in [*named, *self._sub_folders()]}
-        begun = {folder: metrics.stat().st_mtime for folder, metrics in runs.items() if metrics.is_file()}
+        runs = {folder: folder / LOG for folder in [*named, *self._sub_folders()]}
+        begun = {folder: log.stat().st_mtime for folder, log in runs.items() if log.is_file()}
         return [str(folder) for folder in sorted(begun, key=begun.__getitem__, reverse=True)]
 
     def load(self, name: str) -> DiPPipeline:

@@ -11,7 +11,7 @@ import pandas as pd
 from ..data import BrokenImage, decode
 from ..errors import UserError
 from ..recipe import Recipe, load_recipe
-from ..run_folder import METRICS, RECIPE, checkpoints, preview_files, read_evaluations, read_metrics, step_of
+from ..run_folder import LOG, RECIPE, checkpoints, preview_files, read_evaluations, read_metrics, step_of
 from ..terminal import clock
 from .models import Models
 from .parts import PLAIN, pixel_image
@@ -41,7 +41,7 @@ class RunNow:
             read_evaluations(run),
             preview_files(run),
             checkpoints(run),
-            time.time() - (run / METRICS).stat().st_mtime,
+            time.time() - (run / LOG).stat().st_mtime,
         )
 
     def line(self) -> str:

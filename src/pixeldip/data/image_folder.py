@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from ..errors import UserError
 from ..images import GRID, SETTINGS
 from ..recipe import DataSection
-from ..run_folder import METRICS, RECIPE
+from ..run_folder import LOG, RECIPE
 from ..terminal import printable, some
 
 SPLITS = {
@@ -158,7 +158,7 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
     linked, no_files, held, told = [], [], 0, False
     for folder, names in walk(path):
         inside = Path(folder).is_relative_to(root)
-        if inside and {RECIPE, METRICS} <= set(names):
+        if inside and {RECIPE, LOG} <= set(names):
             raise UserError(
                 f"{printable(folder, one_line=True)} is a run folder, whose samples are images, too; move it away, or "
                 "give a folder that holds the images alone"

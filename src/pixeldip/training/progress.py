@@ -18,7 +18,7 @@ from ..evaluation import Evaluation
 from ..model import DiP
 from ..processes import Processes
 from ..recipe import Recipe, recipe_values
-from ..run_folder import METRICS
+from ..run_folder import LOG
 from ..terminal import clock, say, warn
 from .devices import peak_flops
 
@@ -54,9 +54,9 @@ class Progress:
         self.started = time.perf_counter()
         self.paused = 0.0
         self._waited = 0.0
-        path, trackers = (run / METRICS, recipe.logging.trackers) if processes.is_main else (Path(os.devnull), ())
+        path, trackers = (run / LOG, recipe.logging.trackers) if processes.is_main else (Path(os.devnull), ())
         self.trackers = [_TRACKERS[name](run, recipe) for name in trackers]
-        self._metrics = path.open("a+b")
+        self._log = path.open("a+b")
         self._end_half_a_line()
         self._status = console.status("starting") if console.is_terminal and processes.is_main else None
         self._window = (self.started, first_step)
@@ -72,7 +72,7 @@ class Progress:
         if kind:
             with contextlib.suppress(OSError):  # of a disk that is full; the error itself goes on
                 self.event("failed", why=(str(error) or kind.__name__).splitlines()[0])
-        self._metrics.close()
+        self._log.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -141,15 +141,15 @@ class Progress:
         self.paused += seconds
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._metrics.write((json.dumps(_named(entry)) + "\n").encode())
-        self._metrics.flush()
+        self._log.write((json.dumps(_named(entry)) + "\n").encode())
+        self._log.flush()
 
     def _end_half_a_line(self) -> None:
         """What a run was writing when it was killed must not swallow the next line."""
-        if self._metrics.seek(0, os.SEEK_END):
-            self._metrics.seek(-1, os.SEEK_END)
-            if self._metrics.read(1) != b"\n":
-                self._metrics.write(b"\n")
+        if self._log.seek(0, os.SEEK_END):
+            self._log.seek(-1, os.SEEK_END)
+            if self._log.read(1) != b"\n":
+                self._log.write(b"\n")
 
 
 def _named(entry: dict[str, Any]) -> dict[str, Any]:

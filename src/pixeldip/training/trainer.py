@@ -23,9 +23,9 @@ from ..saved_model import check_saved_model
 from ..terminal import PlainConsole, say, warn
 from .checkpoint import Checkpoints, load_checkpoint, sound_checkpoint
 from .divergence import Watch, check_divergence
+from .evaluation import TrainingEvaluator
 from .failures import explaining_failures
 from .learner import Learner
-from .metrics import TrainingMetrics
 from .preparation import (
     build_model,
     changed_rate,
@@ -125,9 +125,9 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     for warning in [*unused, *small_images, *gone, *damaged, *changed_schedule, *changed_images]:
         warn(console, warning)
     introduce(console, recipe, model, source, processes, first_step, start)
-    metrics = None
+    evaluator = None
     if recipe.evaluation.every:
-        metrics = TrainingMetrics(recipe, source, model.config.patch_size, processes, console)
+        evaluator = TrainingEvaluator(recipe, source, model.config.patch_size, processes, console)
     started = {
         "step": first_step,
         "resumed_from": checkpoint.name if checkpoint else None,
@@ -135,13 +135,13 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         "data": data["sha256"],
         "data_changed": changed,
     }
-    return _steps(learner, images, metrics, started, console)
+    return _steps(learner, images, evaluator, started, console)
 
 
 def _steps(
     learner: Learner,
     images: TrainingImages,
-    metrics: TrainingMetrics | None,
+    evaluator: TrainingEvaluator | None,
     started: dict[str, Any],
     console: Console,
 ) -> Outcome:
@@ -188,7 +188,7 @@ def _steps(
                 with autocast(processes.device, learner.precision):
                     save_preview(run, done, averaged, pipeline, recipe.preview)
             if evaluates and not stops:
-                progress.evaluation(done, metrics.measure(averaged, pipeline))
+                progress.evaluation(done, evaluator.evaluate(averaged, pipeline))
             progress.pause(time.perf_counter() - began)
 
             if stops:

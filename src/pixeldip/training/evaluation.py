@@ -16,8 +16,8 @@ from ..sampling import SampledImages
 from ..terminal import warn
 
 
-class TrainingMetrics:
-    """Measures a run's model. All processes take part.
+class TrainingEvaluator:
+    """Evaluates a run's model. All processes take part.
 
     Raises:
         UserError: before the first step, if a metric cannot be had: see `Evaluator`.
@@ -33,7 +33,7 @@ class TrainingMetrics:
         for warning in self.evaluator.warnings:
             warn(console, warning)
 
-    def measure(self, model: DiP, pipeline: dict[str, Any]) -> Evaluation:
+    def evaluate(self, model: DiP, pipeline: dict[str, Any]) -> Evaluation:
         """Samples `evaluation.images` images and compares them with the reference."""
         sampler = DiPPipeline(model, **pipeline)
         sampler.set_progress_bar_config(disable=True)
