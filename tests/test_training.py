@@ -16,8 +16,8 @@ from pixeldip.recipe import FlowSection, OptimizerSection, load_recipe
 from pixeldip.run_folder import checkpoints, read_metrics
 from pixeldip.training import train
 from pixeldip.training.ema import EMA
+from pixeldip.training.flops import training_flops
 from pixeldip.training.preparation import build_model
-from pixeldip.training.progress import training_flops
 from pixeldip.training.schedule import draw, learning_rate
 
 from . import make_losses

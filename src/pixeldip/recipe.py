@@ -314,6 +314,14 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
     return _ADAPTER.dump_python(recipe, mode="json")
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, its keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes or replaces the file in one step: another process may be reading it."""
     write_text(path, yaml.safe_dump(recipe_values(recipe), sort_keys=False))

@@ -13,8 +13,8 @@ from ..errors import UserError
 from ..files import check_writable, write_text
 from ..processes import Processes, start_processes
 from ..provenance import made_by
+from ..recipe import flatten
 from ..terminal import some
-from ..training.preparation import flatten
 
 SETTINGS = "study.json"
 RESULT = "result.json"  # of each run

@@ -18,9 +18,9 @@ from .alignment import AlignedDiP, load_alignment
 from .devices import peak_flops
 from .divergence import Watch, spreading
 from .ema import EMA
+from .flops import training_flops
 from .loss import training_loss
 from .preparation import seeded_initialisation
-from .progress import training_flops
 from .schedule import draw, learning_rate
 from .sharding import is_sharded, shard, whole_tensor
 

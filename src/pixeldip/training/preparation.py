@@ -20,7 +20,7 @@ from ..flow import Stream, check_interval, fold_seed
 from ..model import DiP, check_size, preset_config
 from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
-from ..recipe import DataSection, ModelSection, Recipe, image_size, load_recipe, recipe_values, save_recipe
+from ..recipe import DataSection, ModelSection, Recipe, flatten, image_size, load_recipe, recipe_values, save_recipe
 from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint, read_metrics
 from ..saved_model import INDEX
 from ..terminal import say
@@ -226,14 +226,6 @@ def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any],
             "are: --data.accept-changes"
         )
     return found, changed
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, its keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def prepare_run_folder(
