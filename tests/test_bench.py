@@ -93,9 +93,9 @@ def test_what_does_not_fit_is_named() -> None:
     def small() -> Contender:
         return Contender(lambda: torch.randn(3, 4) @ torch.randn(4, 5), 1, 1, torch.float32, 20)
 
-    comparison = compare_alone({"ours": small, "plain": too_large, "ours, other": small}, 3, CPU)
-    assert list(comparison.rows) == ["ours", "ours, other"] and comparison.record()["too_large"] == ["plain"]
-    assert len(comparison.ratios()) == 1
+    timings = compare_alone({"ours": small, "plain": too_large, "ours, other": small}, 3, CPU)
+    assert list(timings.rows) == ["ours", "ours, other"] and timings.record()["too_large"] == ["plain"]
+    assert len(timings.ratios()) == 1
     with pytest.raises(UserError, match="plain: the device's memory does not hold a step; give a smaller --batch"):
         compare_alone({"plain": too_large}, 3, CPU)
 

@@ -74,7 +74,7 @@ def _count_again(step: Step) -> int:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Timings:
     """rows: figures by contender's name; seconds: of each in each round; ceilings: by precision's name; too_large: who
     did not fit in the device's memory."""
 
@@ -94,7 +94,7 @@ class Comparison:
         return {f"{name} / {fastest}": ratio(self.seconds, name, fastest) for name in self.rows if name != fastest}
 
 
-def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> Comparison:
+def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> Timings:
     """Times contenders in turn.
 
     A row has parameters, milliseconds and their spread, images per second, GFLOP, the floor in milliseconds that the
@@ -120,17 +120,17 @@ def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.devi
         precision_name(precision): {"gflops": c.flops / 1e9, "gigabytes_per_second": c.bandwidth / 1e9}
         for precision, c in ceilings.items()
     }
-    return Comparison(rows, seconds, limits)
+    return Timings(rows, seconds, limits)
 
 
-def compare_alone(makers: Mapping[str, Callable[[], Contender]], rounds: int, device: torch.device) -> Comparison:
+def compare_alone(makers: Mapping[str, Callable[[], Contender]], rounds: int, device: torch.device) -> Timings:
     """As `compare`, one after another, each alone in the device's memory: for a GPU, whose pace hardly drifts, and
     contenders that fill it. One that does not fit is left out.
 
     Raises:
         UserError: if none fits.
     """
-    whole, too_large = Comparison({}, {}, {}), []
+    whole, too_large = Timings({}, {}, {}), []
     for name, make in makers.items():
         try:
             part = compare({name: make()}, rounds, device)

@@ -59,9 +59,9 @@ def bench_latency(
         images = batch / LATENT_STEPS
         contenders[DIT] = Contender(other.step(), batch, images, torch.bfloat16, other.transformer.num_parameters())
         contenders[VAE] = Contender(other.decode(), batch, batch, torch.bfloat16, other.vae.num_parameters())
-    comparison = compare(contenders, rounds, device)
-    images = _whole_images(comparison.rows)
-    return {**comparison.record(), "images": images, "ratios": comparison.ratios(), "errors": errors}
+    timings = compare(contenders, rounds, device)
+    images = _whole_images(timings.rows)
+    return {**timings.record(), "images": images, "ratios": timings.ratios(), "errors": errors}
 
 
 def noise_and_labels(model: DiP, size: tuple[int, int], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,9 @@ def bench_throughput(
         x, y = noise_and_labels(model, size, batch, device)
         contenders[f"sampling, {batch}"] = sampling_contender(replayed(half), x, y, counted=eager)
         contenders[f"training, {batch}"] = trainer.contender(x, y, counted=trained_apart)
-    comparison = compare(contenders, rounds, device)
+    timings = compare(contenders, rounds, device)
     series = {
-        done: [[batch, comparison.rows[f"{done}, {batch}"]["images_per_second"]] for batch in batches]
+        done: [[batch, timings.rows[f"{done}, {batch}"]["images_per_second"]] for batch in batches]
         for done in ("sampling", "training")
     }
-    return {**comparison.record(), "series": series}
+    return {**timings.record(), "series": series}

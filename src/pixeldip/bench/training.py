@@ -52,11 +52,11 @@ def bench_training(
 
     others = {name: functools.partial(other, config) for name, config in other_heads(model).items() if heads}
     if device.type == "cuda":
-        comparison = compare_alone(makers | others, rounds, device)
-        return {**comparison.record(), "ratios": comparison.ratios()}
+        timings = compare_alone(makers | others, rounds, device)
+        return {**timings.record(), "ratios": timings.ratios()}
     contenders = {name: make() for name, make in makers.items()}
-    comparison = compare(contenders, rounds, device)
-    result = {**comparison.record(), "ratios": comparison.ratios()}
+    timings = compare(contenders, rounds, device)
+    result = {**timings.record(), "ratios": timings.ratios()}
     contenders = {"ours": contenders["ours"]}  # the memory of the rest is needed
     for name, make in others.items():
         pair = compare(contenders | {name: make()}, rounds, device)

@@ -29,7 +29,7 @@ FLOOR_SPLITS = 3
 
 
 @dataclass
-class Comparison:
+class MetricInputs:
     """All a metric can look at."""
 
     samples: Measured
@@ -84,7 +84,7 @@ class Metric:
     Args:
         label: for people; {n} is the number of samples, FD a Fréchet and KD a kernel distance.
         extractor: whose features it needs, if any.
-        compute: the value, from a comparison.
+        compute: the value.
         better: "higher", "lower", or what it should be near to.
         moments: the feature whose moments are compared.
         kept: the feature whose single rows are looked at.
@@ -95,12 +95,12 @@ class Metric:
 
     label: str
     extractor: str | None
-    compute: Callable[[Comparison], float]
+    compute: Callable[[MetricInputs], float]
     better: str
     moments: Feature | None = None
     kept: Feature | None = None
     pairwise: Callable[[Tensor, Tensor], float] | None = None
-    real: Callable[[Comparison], float | None] | None = None
+    real: Callable[[MetricInputs], float | None] | None = None
     scale: float = 1.0
 
     @property
@@ -112,8 +112,8 @@ class Metric:
 def _frechet(label: str, extractor: str, output: str, floor: bool) -> Metric:
     feature = extractor, output
 
-    def compute(c: Comparison) -> float:
-        return frechet_distance(*c.samples.moments[feature], *c.reference.moments(feature))
+    def compute(m: MetricInputs) -> float:
+        return frechet_distance(*m.samples.moments[feature], *m.reference.moments(feature))
 
     return Metric(label, extractor, compute, "lower", moments=feature, pairwise=_frechet_of_rows if floor else None)
 
@@ -121,8 +121,8 @@ def _frechet(label: str, extractor: str, output: str, floor: bool) -> Metric:
 def _kernel(label: str, extractor: str) -> Metric:
     feature = extractor, "pool"
 
-    def compute(c: Comparison) -> float:
-        return kernel_distance(*c.pairs(feature))
+    def compute(m: MetricInputs) -> float:
+        return kernel_distance(*m.pairs(feature))
 
     return Metric(f"{label} ×1000", extractor, compute, "lower", kept=feature, pairwise=kernel_distance, scale=1000)
 
@@ -143,11 +143,11 @@ METRICS: dict[str, Metric] = {
     "is": Metric(
         "Inception Score",
         "inception",
-        lambda c: inception_score(_in_order(c), c.extractors["inception"].classifier.to(c.device), c.options.is_split),
+        lambda m: inception_score(_in_order(m), m.extractors["inception"].classifier.to(m.device), m.options.is_split),
         "higher",
     ),
-    "precision": Metric("Precision", "inception", lambda c: c.precision_recall[0], "higher", kept=_POOL),
-    "recall": Metric("Recall", "inception", lambda c: c.precision_recall[1], "higher", kept=_POOL),
+    "precision": Metric("Precision", "inception", lambda m: m.precision_recall[0], "higher", kept=_POOL),
+    "recall": Metric("Recall", "inception", lambda m: m.precision_recall[1], "higher", kept=_POOL),
     "kid": _kernel("KID", "inception"),
     "fd_dinov2": _frechet("DINOv2 FD", "dinov2", "pool", floor=True),
     "kid_dinov2": _kernel("DINOv2 KD", "dinov2"),
@@ -157,34 +157,34 @@ METRICS: dict[str, Metric] = {
     "boundary": Metric(
         "Patch boundary ratio",
         None,
-        lambda c: _boundary(c, c.samples),
+        lambda m: _boundary(m, m.samples),
         "as real",
-        real=lambda c: _boundary(c, c.reference and c.reference.measured),
+        real=lambda m: _boundary(m, m.reference and m.reference.measured),
     ),
     "nearest": Metric(
         "Nearest training image",
         "efficientnet",
-        lambda c: c.nearest["nearest"],
+        lambda m: m.nearest["nearest"],
         "as real",
         kept=("efficientnet", "pool"),
-        real=lambda c: c.nearest["real"],
+        real=lambda m: m.nearest["real"],
     ),
 }
 DEFAULT = ("fid", "sfid", "is", "precision", "recall")
 
 
-def _boundary(c: Comparison, images: Measured | None) -> float | None:
-    return boundary_ratio(images.columns, images.rows, c.patch_size) if images else None
+def _boundary(m: MetricInputs, images: Measured | None) -> float | None:
+    return boundary_ratio(images.columns, images.rows, m.patch_size) if images else None
 
 
-def _in_order(c: Comparison) -> Tensor:
-    pool = c.samples.kept[_POOL]
-    if c.options.is_order == "shuffled":
+def _in_order(m: MetricInputs) -> Tensor:
+    pool = m.samples.kept[_POOL]
+    if m.options.is_order == "shuffled":
         pool = pool[torch.from_numpy(np.random.default_rng((0, Stream.CLASS_ORDER)).permutation(len(pool)))]
-    return pool.to(c.device)
+    return pool.to(m.device)
 
 
-def floor(name: str, c: Comparison) -> dict[str, float] | None:
+def floor(name: str, m: MetricInputs) -> dict[str, float] | None:
     """What real images score; None where that is not known.
 
     For distances between sets, the reference is split at random into `size` images, as many as there are samples
@@ -194,21 +194,21 @@ def floor(name: str, c: Comparison) -> dict[str, float] | None:
     """
     metric = METRICS[name]
     if metric.real:
-        value = metric.real(c)
+        value = metric.real(m)
         return None if value is None else {"real": value}
     feature = metric.kept or metric.moments
-    rows = c.reference.kept(feature) if c.reference and metric.pairwise else None
+    rows = m.reference.kept(feature) if m.reference and metric.pairwise else None
     if rows is None or len(rows) < 4:
         return None
-    ours = c.samples.kept[feature]
+    ours = m.samples.kept[feature]
     size = min(len(rows) // 2, len(ours))
     real, samples = [], []
     for split in range(FLOOR_SPLITS):
         random = np.random.default_rng((split, Stream.FLOOR))
         order, pick = (torch.from_numpy(random.permutation(n)) for n in (len(rows), len(ours)))
-        others = rows[order[size:]].to(c.device)
-        real.append(metric.pairwise(rows[order[:size]].to(c.device), others))
-        samples.append(metric.pairwise(ours[pick[:size]].to(c.device), others))
+        others = rows[order[size:]].to(m.device)
+        real.append(metric.pairwise(rows[order[:size]].to(m.device), others))
+        samples.append(metric.pairwise(ours[pick[:size]].to(m.device), others))
     return {
         "size": size,
         "real": float(np.mean(real)),

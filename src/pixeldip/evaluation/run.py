@@ -25,7 +25,7 @@ from .image_sets import ImageSet, SourceImages, open_images
 from .limits import label_warnings, pixel_warnings, reference_warnings, singular_warnings
 from .record import Evaluation, describe_reference, describe_samples, made_with, peak_memory_mib, print_evaluation
 from .reference import STATISTICS, Reference, measure_reference, open_reference, reference_of
-from .registry import DEFAULT, METRICS, NEIGHBOURS, Comparison, floor, label
+from .registry import DEFAULT, METRICS, NEIGHBOURS, MetricInputs, floor, label
 from .stream import Measured, measure
 
 PATCH_SIZE = 16
@@ -221,15 +221,13 @@ class Evaluator:
             warnings.append("the samples and the reference are the same images")
         warnings += singular_warnings(self.metrics, self.extractors, lambda _: samples.count, "samples")
         device = self.processes.device if self.processes.device.type == "cuda" else torch.device("cpu")
-        comparison = Comparison(
-            samples, self.reference, self.training, self.extractors, self.options, patch_size, device
-        )
+        inputs = MetricInputs(samples, self.reference, self.training, self.extractors, self.options, patch_size, device)
         values, floors = {}, {}
         seconds = {**self.seconds, **{f"samples, {name}": value for name, value in samples.seconds.items()}}
         for name in self.metrics:
             with self.console.status(f"computing {label(name, samples.count)}"), exact_matmuls():
                 start = time.perf_counter()
-                value, real = METRICS[name].compute(comparison), floor(name, comparison)
+                value, real = METRICS[name].compute(inputs), floor(name, inputs)
                 seconds[name] = time.perf_counter() - start
             if math.isnan(value):
                 warnings.append(f"{name} is not defined for these images")
@@ -241,7 +239,7 @@ class Evaluator:
         record = {
             "metrics": values,
             "floors": floors,
-            **({"nearest": comparison.nearest} if "nearest" in values else {}),
+            **({"nearest": inputs.nearest} if "nearest" in values else {}),
             "labels": {name: label(name, samples.count) for name in values},
             "warnings": warnings,
             "samples": describe_samples(images, samples),
