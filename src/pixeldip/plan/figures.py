@@ -226,10 +226,10 @@ def _does_not_fit(
 ) -> str:
     """What is too much for the device, and which settings would make it fit."""
     training, usable = recipe.training, USABLE * DEVICES[device].memory
-    needs = f"{devices} devices: {_gb(state + peak)} do not fit {_gb(usable)}, the usable part of one {device}"
+    needs = f"{devices} devices: {gb(state + peak)} do not fit {gb(usable)}, the usable part of one {device}"
     if state > usable:
         shared = " on every device; training.shard true divides it" if devices > 1 and not step.sharded else ""
-        return f"{needs}; the model, its average and AdamW alone take {_gb(state)}{shared}, however few the images"
+        return f"{needs}; the model, its average and AdamW alone take {gb(state)}{shared}, however few the images"
     remedies = []
     for checkpointing in (False, True):
         for fewer in (n for n in range(images, 0, -1) if images % n == 0):
@@ -238,10 +238,10 @@ def _does_not_fit(
             if needed <= usable and (checkpointing or not training.gradient_checkpointing):
                 settings = ["training.gradient_checkpointing true"] if checkpointing else []
                 settings += [f"training.gradient_accumulation {passes}"] if fewer < images else []
-                remedies.append(f"{' with '.join(settings)} ({fewer} at once, {_gb(needed)})")
+                remedies.append(f"{' with '.join(settings)} ({fewer} at once, {gb(needed)})")
                 break
     return f"{needs}; " + (f"what would: {', or '.join(remedies)}" if remedies else "nor does one image at once")
 
 
-def _gb(value: float) -> str:
+def gb(value: float) -> str:
     return f"{value / 1e9:.1f} GB"

@@ -11,7 +11,7 @@ from ..provenance import made_by
 from ..recipe import image_size, recipe_values
 from ..terminal import clock, say, warn
 from ..training.devices import DEVICES
-from .figures import USABLE, Plan, Row
+from .figures import USABLE, Plan, Row, gb
 
 ALWAYS_SAID = (
     "images: of one pass on each device; GB: the most that a device holds; TFLOP: of a step, on all devices",
@@ -37,10 +37,10 @@ def show(plan: Plan, console: Console) -> None:
     state = next((row.state for row in reversed(plan.rows) if row.state), None)
     if state:
         each = _listed({name: size / 1e9 for name, size in state.items()})
-        lines.append(f"on each device throughout: {each}, together {_gb(sum(state.values()))} GB")
-    whole, average, disk = (_gb(size) for size in (checkpoint.whole, checkpoint.pipeline, checkpoint.on_disk))
+        lines.append(f"on each device throughout: {each}, together {gb(sum(state.values()))}")
+    whole, average, disk = (gb(size) for size in (checkpoint.whole, checkpoint.pipeline, checkpoint.on_disk))
     lines.append(
-        f"a checkpoint: {whole} GB, of which the average is {average}; on disk up to {disk} GB, "
+        f"a checkpoint: {whole}, of which the average is {average}; on disk up to {disk}, "
         f"the last {training.keep_last} and the one being written"
     )
     for line in lines:
@@ -67,7 +67,7 @@ def _cells(row: Row, plan: Plan) -> list[str]:
     cells = [f"{row.devices}"]
     if row.images is None:
         return cells
-    cells += [f"{row.images}", _gb(row.memory), f"{row.flops / 1e12:.4g}"]
+    cells += [f"{row.images}", f"{row.memory / 1e9:.1f}", f"{row.flops / 1e12:.4g}"]
     if row.seconds is not None:
         rate = plan.recipe.training.batch_size / row.seconds
         cells += [f"{row.seconds:.2g}", f"{rate:.0f}", clock(row.run_seconds), f"{row.device_hours:.0f}"]
@@ -89,7 +89,3 @@ def record(plan: Plan) -> dict[str, Any]:
 
 def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f}"
