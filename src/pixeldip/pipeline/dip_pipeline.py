@@ -241,7 +241,6 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         if name is None and is_default_scheduler(self.scheduler):
             name = self.config.sampling.get("solver")
         if name is None:
-            check_flow_scheduler(self.scheduler)
             scheduler = copy.deepcopy(self.scheduler)  # a call's steps are its own, whoever shares the pipeline
             times = set_times(scheduler, steps, time_shift, objective, noise.device)
             return functools.partial(follow_scheduler, scheduler, generators=noise.generators), times
