@@ -35,6 +35,12 @@ def check_writable(path: Path) -> None:
         probe.unlink()
 
 
+def check_folder(folder: Path | str) -> None:
+    """Raises UserError if a file has the name of a folder to save to, of which diffusers' logger tells, and goes on."""
+    if Path(folder).is_file():
+        raise UserError(f"{folder}: a file; name a folder to save to")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields the name to write a file under, which takes the place of `path` in one step at the end of the block: who

@@ -17,6 +17,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import check_folder
 from ..flow import OBJECTIVES, VelocityObjective
 from ..settings import finite_number, whole_number
 from .backbone import Backbone
@@ -154,8 +155,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 loaded, or safe_serialization is False, for no model can be made from such a file again; or if the
                 folder is a file.
         """
-        if Path(save_directory).is_file():  # of which diffusers' logger tells, and the call goes on
-            raise UserError(f"{save_directory}: a file; name a folder to save to")
+        check_folder(save_directory)
         if not kwargs.get("safe_serialization", True):
             raise UserError("safe_serialization=False: only safetensors are loaded again; leave it out")
         if self.in_int8:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from diffusers.utils import is_accelerate_available
 
 from ..errors import UserError, in_one_line
+from ..files import check_folder
 from ..run_folder import belongs_to_a_run, resolve_model
 from ..saved_model import check_saved_model, only_variant
 from ..sharing import check_license, forget_origin, upload, write_model_card
@@ -76,8 +77,7 @@ class SavingMixin:
         if unknown := sorted(kwargs.keys() - inspect.signature(super().save_pretrained).parameters.keys()):
             raise UserError(f"save_pretrained: there is no keyword {unknown[0]!r}")
         save_directory = Path(os.path.expanduser(save_directory))  # as from_pretrained reads it
-        if save_directory.is_file():
-            raise UserError(f"{save_directory}: a file; name a folder to save to")
+        check_folder(save_directory)
         if belongs_to_a_run(save_directory):
             raise UserError(
                 f"{save_directory}: a run's folder, where a saved model would be taken for what the run trains; save "
