@@ -1,5 +1,6 @@
 """The studies by name, and which flags each has."""
 
+import dataclasses
 import difflib
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from ..arguments import StudyArguments
 from ..errors import UserError
 from ..settings import refuse_flags
 from ..terminal import PlainConsole
-from .comparison import Comparison, ComparisonOptions, measure_contender, prepare_measures, run_comparison
+from .comparison import Comparison, measure_contender, prepare_measures, run_comparison
 from .comparison_report import write_report
 from .comparisons import COMPARISONS
 from .features import FEATURES, FILE, check_installed, measure_features, write_features_report
@@ -39,33 +40,11 @@ def study_command(arguments: StudyArguments) -> int:
         raise UserError(f"no study {name!r}; " + (f"perhaps {near[0]}" if near else f"there are {', '.join(STUDIES)}"))
     refuse_flags(arguments, FOREIGN.get(name, OVERFITTED), f"means nothing to the {name} study; leave it out")
     out = arguments.out or Path("runs") / f"study-{name}-{arguments.scale}"
-    console = PlainConsole()
+    arguments, console = dataclasses.replace(arguments, out=out), PlainConsole()
     if name == OVERFIT.name:
-        return run_overfit(
-            out,
-            arguments.scale,
-            arguments.image,
-            arguments.resolution,
-            arguments.steps,
-            arguments.device,
-            console,
-        )
-    options = ComparisonOptions(
-        out,
-        arguments.scale,
-        arguments.data,
-        arguments.split,
-        arguments.held_out,
-        arguments.held_out_split,
-        arguments.reference,
-        arguments.contenders,
-        arguments.seeds,
-        arguments.steps,
-        arguments.images,
-        arguments.device,
-    )
+        return run_overfit(arguments, console)
     comparison = Comparison(measure_contender, write_report, SAMPLES, prepare_measures, with_costs=True)
     if name == FEATURES.name:
         check_installed()
         comparison = Comparison(measure_features, write_features_report, FILE, needs_classes=True)
-    return run_comparison(STUDIES[name], comparison, options, console)
+    return run_comparison(STUDIES[name], comparison, arguments, console)

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
+from ..arguments import StudyArguments
 from ..data import Source, open_source
 from ..errors import UserError
 from ..files import file_sha256
@@ -27,24 +28,6 @@ from .measures import evaluator_of, measure_costs, measure_quality
 from .study import Contender, Study, changed, contender_recipe
 
 GRID_IMAGES = 18
-
-
-@dataclasses.dataclass
-class ComparisonOptions:
-    """What a user may choose about a comparison; see the command's arguments."""
-
-    out: Path
-    scale: str
-    data: str
-    split: str
-    held_out: str
-    held_out_split: str
-    reference: str
-    contenders: tuple[str, ...]
-    seeds: int
-    steps: int | None
-    images: int | None
-    device: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,30 +53,29 @@ class Comparison:
     needs_classes: bool = False
 
 
-def run_comparison(study: Study, comparison: Comparison, options: ComparisonOptions, console: Console) -> int:
+def run_comparison(study: Study, comparison: Comparison, arguments: StudyArguments, console: Console) -> int:
     """Trains and measures what is not there yet; returns the exit status.
 
     Raises:
         UserError: if the folder holds a study of other settings or images, or the data cannot be used.
     """
-    base = base_recipe(study, options)
-    training, held_out = open_images(base, options)
+    out, base = arguments.out, base_recipe(study, arguments)
+    training, held_out = open_images(base, arguments)
     if comparison.needs_classes and len(held_out.class_names) < 2:
         raise UserError(f"the {study.name} study needs images of at least two classes, a sub-folder or label for each")
-    contenders = chosen_contenders(study, options)
-    held_out_from = {"source": options.held_out or base.data.source, "split": options.held_out_split}
-    recipe = recipe_values(base)
-    found = alone_in(options.device, console, lambda _: contents(training, held_out, base))
+    contenders = chosen_contenders(study, arguments)
+    held_out_from = {"source": arguments.held_out or base.data.source, "split": arguments.held_out_split}
+    found = alone_in(arguments.device, console, lambda _: contents(training, held_out, base))
     facts = {
         "study": study.name,
-        "scale": options.scale,
+        "scale": arguments.scale,
         "held_out": held_out_from,
-        "recipe": recipe,
+        "recipe": recipe_values(base),
         "contents": found,
     }
     runs = [
-        (contender, seed, options.out / "runs" / f"{contender.name}-seed{seed}")
-        for seed in range(options.seeds)
+        (contender, seed, out / "runs" / f"{contender.name}-seed{seed}")
+        for seed in range(arguments.seeds)
         for contender in contenders
     ]
     missing = [run for run in runs if not all((run[2] / file).is_file() for file in (RESULT, comparison.keeps))]
@@ -101,11 +83,11 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
         _prepare(comparison.prepare, base, held_out, console)
 
     def begin(_: Processes) -> None:  # not before mistakes have been told
-        claim(options.out, facts)
-        there = {path.parent.name for path in options.out.glob(f"runs/*/{RESULT}")}
-        check_report(options.out, there, {folder.name for _, _, folder in runs})
+        claim(out, facts)
+        there = {path.parent.name for path in out.glob(f"runs/*/{RESULT}")}
+        check_report(out, there, {folder.name for _, _, folder in runs})
 
-    alone_in(options.device, console, begin)
+    alone_in(arguments.device, console, begin)
     began = time.perf_counter()
     for done_here, (contender, seed, folder) in enumerate(missing):
         left = (time.perf_counter() - began) / done_here * (len(missing) - done_here) if done_here else None
@@ -121,51 +103,51 @@ def run_comparison(study: Study, comparison: Comparison, options: ComparisonOpti
     def conclude(processes: Processes) -> Path:
         if comparison.with_costs:
             recipes = {c.name: contender_recipe(base, c, 0, base.out) for c in contenders}
-            _costs(options.out, recipes, len(held_out.class_names), processes)
-        return comparison.report(study, options.out, contenders, options.seeds)
+            _costs(out, recipes, len(held_out.class_names), processes)
+        return comparison.report(study, out, contenders, arguments.seeds)
 
-    page = alone_in(options.device, console, conclude)
+    page = alone_in(arguments.device, console, conclude)
     say(console, f"done; open {page}")
     return 0
 
 
-def chosen_contenders(study: Study, options: ComparisonOptions) -> tuple[Contender, ...]:
+def chosen_contenders(study: Study, arguments: StudyArguments) -> tuple[Contender, ...]:
     """The contenders asked for, in the study's order.
 
     Raises:
         UserError: if there is none of a name.
     """
-    contenders = study.contenders(options.scale)
+    contenders = study.contenders(arguments.scale)
     names = [contender.name for contender in contenders]
-    for name in options.contenders:
+    for name in arguments.contenders:
         if name not in names:
             raise UserError(f"--contenders {name}: the {study.name} study has {', '.join(names)}")
-    return tuple(c for c in contenders if c.name in (options.contenders or names))
+    return tuple(c for c in contenders if c.name in (arguments.contenders or names))
 
 
-def base_recipe(study: Study, options: ComparisonOptions) -> Recipe:
+def base_recipe(study: Study, arguments: StudyArguments) -> Recipe:
     """The scale's recipe with the study's and the user's changes."""
-    recipe = load_recipe(f"study-{options.scale}")
-    changes = {**study.data.get(options.scale, {}), "split": options.split}
-    recipe = changed(recipe, "data", {**changes, **({"source": options.data} if options.data else {})})
-    if options.reference:
-        recipe = changed(recipe, "evaluation", {"reference": options.reference})
-    if options.images:
-        recipe = changed(recipe, "evaluation", {"images": options.images})
-    training = {"device": options.device, **({"steps": options.steps} if options.steps else {})}
+    recipe = load_recipe(f"study-{arguments.scale}")
+    changes = {**study.data.get(arguments.scale, {}), "split": arguments.split}
+    recipe = changed(recipe, "data", {**changes, **({"source": arguments.data} if arguments.data else {})})
+    if arguments.reference:
+        recipe = changed(recipe, "evaluation", {"reference": arguments.reference})
+    if arguments.images:
+        recipe = changed(recipe, "evaluation", {"images": arguments.images})
+    training = {"device": arguments.device, **({"steps": arguments.steps} if arguments.steps else {})}
     return changed(recipe, "training", training)
 
 
-def open_images(recipe: Recipe, options: ComparisonOptions) -> tuple[Source, Source]:
+def open_images(recipe: Recipe, arguments: StudyArguments) -> tuple[Source, Source]:
     """The training images, and those no contender trains on, of the same classes."""
     if not recipe.data.source:
-        raise UserError(f"--data is missing: name the training images; the {options.scale} scale has none of its own")
+        raise UserError(f"--data is missing: name the training images; the {arguments.scale} scale has none of its own")
     try:
         training = open_source(recipe.data)
     except UserError as error:
         raise UserError(f"--data {error}") from error
     section = dataclasses.replace(
-        recipe.data, source=options.held_out or recipe.data.source, split=options.held_out_split
+        recipe.data, source=arguments.held_out or recipe.data.source, split=arguments.held_out_split
     )
     try:
         held_out = open_source(section)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from ..arguments import StudyArguments
 from ..data import BrokenImage, centre_crop, decode
 from ..errors import UserError
 from ..files import file_sha256
@@ -55,26 +56,20 @@ OVERFIT = Study(
 )
 
 
-def run_overfit(
-    out: Path,
-    scale: Scale,
-    image: Path | None,
-    resolution: int | None,
-    steps: int | None,
-    device: str,
-    console: Console,
-) -> int:
+def run_overfit(arguments: StudyArguments, console: Console) -> int:
     """Trains both networks on the photograph, writes the report; returns the exit status.
 
     Raises:
         UserError: if the photograph cannot be read, the resolution is no multiple of the patch size, or the folder
             holds a study of other settings.
     """
-    photo = _photo(image)
+    out, scale, device = arguments.out, arguments.scale, arguments.device
+    photo = _photo(arguments.image)
     base = load_recipe(f"overfit-{scale}")
-    base = changed(base, "training", {"device": device, **({"steps": steps} if steps else {})})
+    base = changed(base, "training", {"device": device, **({"steps": arguments.steps} if arguments.steps else {})})
     source = out / "photo"
-    base = changed(base, "data", {"source": str(source), **({"resolution": resolution} if resolution else {})})
+    size = {"resolution": arguments.resolution} if arguments.resolution else {}
+    base = changed(base, "data", {"source": str(source), **size})
     check_recipe(base, world_size=1)
     settings = {"study": OVERFIT.name, "scale": scale, "photo": photo.name, "photo_sha256": file_sha256(photo)}
 
