@@ -11,6 +11,7 @@ from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import (
     OBJECTIVES,
     SOLVERS,
+    SampleNoise,
     clean_image,
     drop_classes,
     evaluations,
@@ -245,6 +246,16 @@ def test_a_seed_is_an_image_whatever_its_neighbours() -> None:
     together = seeded_normal([3, 4, 5], (3, 8, 8))
     assert torch.equal(together[1], seeded_normal([4], (3, 8, 8))[0])
     assert not torch.equal(together[0], together[1])
+
+
+def test_noise_is_a_seeds_own_and_fresh_at_every_step() -> None:
+    shape, device = (1, 4, 4), torch.device("cpu")
+    noise, alone = (SampleNoise(seeds, None, len(seeds), shape, device) for seeds in ([3, 4], [4]))
+    assert torch.equal(noise.start, seeded_normal([3, 4], shape)) and torch.equal(noise.fresh(1)[1:], alone.fresh(1))
+    of_generators = torch.stack([torch.randn(shape, generator=generator) for generator in noise.generators])
+    for drawn in ([noise.start, noise.fresh(0), noise.fresh(1)], [noise.start, of_generators]):
+        assert len(torch.cat(drawn).flatten(1).unique(dim=0)) == 2 * len(drawn)  # of two seeds, none twice
+    assert torch.equal(SampleNoise(None, None, 2, shape, device).start, seeded_normal([0, 1], shape))
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (10, 0.0), (10, 1e-300)])
