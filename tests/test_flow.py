@@ -130,6 +130,11 @@ def test_the_variance_preserving_path() -> None:
     ddpm = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     assert (alpha_bar[0], t[0] > VP_NOISIEST) == (1, True)
     torch.testing.assert_close(betas, ddpm, rtol=0.02, atol=1.5e-5)
+    # before its beginning, where a scheduler with times of its own starts
+    noise, at_noise = torch.randn(1, 3, 4, 4), torch.zeros(1)
+    seen, r = objective.network_input(noise, at_noise)
+    assert torch.equal(seen, noise) and r == 0
+    assert objective.to_velocity(noise + 1, noise, at_noise).isfinite().all()
 
 
 def vp_state(x: Tensor, t: float) -> Tensor:
