@@ -323,7 +323,9 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
     with pytest.raises(UserError, match=r"DDIMScheduler does not follow the path .* FlowMatch"):
         DiPPipeline(pipeline.model, DDIMScheduler())
     for scheduler in (
-        DPMSolverMultistepScheduler(),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+        DPMSolverMultistepScheduler(**FLOW, use_lu_lambdas=True),
         UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True),
         DEISMultistepScheduler(**FLOW),
         SASolverScheduler(**FLOW),
@@ -430,6 +432,9 @@ def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) ->
     )
     torch.testing.assert_close(shifted, asked, rtol=1e-4, atol=1e-5)
     assert time_grid(4, 2.0)[1] == pytest.approx(1 / 7)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(UserError, match=r"FlowMatchEulerDiscreteScheduler: .*mu"):
+        pipeline("ant")
 
 
 def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: Path) -> None:
