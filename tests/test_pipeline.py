@@ -350,6 +350,7 @@ def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
         ({"class_labels": ["bea"]}, "no class named 'bea'; perhaps 'bee'"),
         ({"class_labels": [1.5]}, "no class named 1.5"),
         ({"class_labels": [3]}, "classes 0 to 2"),
+        ({"class_labels": [-1]}, "class -1 is out of range"),
         ({"class_labels": [0], "height": 20}, "multiples of 8"),
         ({"class_labels": [0], "callback_on_step_end_tensor_inputs": ["prompt"]}, "prompt; there are latents and pred"),
         ({"class_labels": [0], "num_inference_steps": 0}, "at least one step"),
@@ -568,6 +569,8 @@ def test_a_model_knows_how_it_is_sampled(model_folder: Path, tmp_path: Path) -> 
     assert torch.equal(untold, sample(**own))
     for name, value in {**own, "num_inference_steps": 4, "guidance_scale": 3.0, "solver": "euler"}.items():
         assert (name == "guidance_interval") == torch.equal(untold, sample(**{name: value}))
+    without_class = sample(seeds=[5, 5], guidance_scale=0.0, guidance_interval=(0.0, 1.0))
+    torch.testing.assert_close(without_class[0], without_class[1], rtol=1e-4, atol=1e-4)
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # who chooses a scheduler wants it followed
     shifted = sample()
     assert not torch.equal(shifted, untold)
