@@ -118,6 +118,19 @@ def test_pipelines_compute_modulation_ahead_when_asked() -> None:
         assert len(rows) == 2 + 6
 
 
+def test_a_pipeline_computes_with_the_model_it_has() -> None:
+    pipe = DiPPipeline(tiny(), height=16, width=24)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.enable_precomputed_modulation()
+    before = pipe([2, 0], num_inference_steps=2, output_type="latent").images
+    pipe.model = opened_up(tiny(), seed=1)
+    after = pipe([2, 0], num_inference_steps=2, output_type="latent").images
+    pipe.disable_precomputed_modulation()
+    plain = pipe([2, 0], num_inference_steps=2, output_type="latent").images
+    assert before.shape == (2, 3, 16, 24) and (before - after).abs().max() > 0.01
+    torch.testing.assert_close(after, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_pipeline_keeps_no_modulation(stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = DiPPipeline(tiny(), height=16, width=16)
