@@ -366,7 +366,7 @@ def test_tokens_after_a_block(blocks: int) -> None:
     ("placement", "heads"), [("post", [False, True]), ("intermediate", [True, False]), ("hybrid", [True, True])]
 )
 def test_where_the_head_stands(placement: str, heads: list[bool]) -> None:
-    model = tiny(placement=placement)
+    model = tiny(placement=placement, depth=5)
     stands = [type(m).__name__ == "UNetHead" for m in (getattr(model.injection, "detailer", None), model.detailer)]
     assert stands == heads
     order = []
@@ -374,7 +374,8 @@ def test_where_the_head_stands(placement: str, heads: list[bool]) -> None:
     for name, module in [*watched.items(), *((f"block {i}", b) for i, b in enumerate(model.backbone.blocks))]:
         module.register_forward_hook(lambda *_, name=name: order.append(name))
     model(*inputs())
-    assert order == ["block 0", *(["injected"] if model.injection else []), "block 1", "head"]
+    injected = ["injected"] if model.injection else []
+    assert order == ["block 0", "block 1", *injected, "block 2", "block 3", "block 4", "head"]
 
 
 # The release's and PixNerd's; of the others, whose sizes the paper leaves open, as docs/how-it-works.md tells them
