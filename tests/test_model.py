@@ -235,6 +235,8 @@ def test_kept_kernels_follow_the_weights() -> None:
     kept = {i: composed for i, (_, composed) in head.kept_kernels.items()}
     check()
     assert kept.keys() == KEPT_OF_8_PIXELS and all(head.kept_kernels[i][1] is composed for i, composed in kept.items())
+    head.load_state_dict(UNetHead(3, 8, 16, width=8).state_dict(), assign=True)  # elsewhere, and as often written to
+    check()
     optimizer = torch.optim.AdamW(head.train().parameters(), lr=0.1, fused=True)
     head(patch, context).square().sum().backward()
     check()
@@ -272,9 +274,11 @@ def test_a_compiled_head_keeps_its_kernels_and_learns() -> None:
 
 def test_norms_that_kernels_may_replace() -> None:
     """Not one of another kind, such as an adapter around the norm, or with a hook."""
-    ours, hooked = RMSNorm(8), RMSNorm(8)
+    ours, hooked, hooked_before, replaced = (RMSNorm(8) for _ in range(4))
     hooked.register_forward_hook(lambda *_: None)
-    others = hooked, nn.LayerNorm(8), nn.Sequential(RMSNorm(8))
+    hooked_before.register_forward_pre_hook(lambda *_: None)
+    replaced.forward = lambda x: x  # as diffusers offloads
+    others = hooked, hooked_before, replaced, nn.LayerNorm(8), nn.Sequential(RMSNorm(8))
     assert untouched([ours, ours], RMSNorm) and not any(untouched([ours, norm], RMSNorm) for norm in others)
 
 
