@@ -109,6 +109,8 @@ def test_convert_writes_a_folder_the_pipeline_reads(checkpoint: Path, model: DiP
     assert main(["convert", str(checkpoint), str(tmp_path / "folder")]) == 0
     pipeline = DiPPipeline.from_pretrained(str(tmp_path / "folder"))
     assert (pipeline.config.height, pipeline.config.width) == (256, 256)
+    own = pipeline.default_settings
+    assert (own.steps, own.solver, own.guidance, own.guidance_interval) == (100, "euler", 4.0, (0.1, 1.0))
     for name, value in model.state_dict().items():
         assert torch.equal(pipeline.model.state_dict()[name], value), name
     assert main(["convert", str(checkpoint), str(tmp_path / "folder")]) == 2  # never over something else
@@ -147,8 +149,10 @@ def test_a_pixnerd_checkpoint_with_a_hole(tmp_path: Path, name: str, message: st
         load_release(tmp_path / "x.ckpt")
 
 
-def test_raw_weights_are_the_other_ones(checkpoint: Path) -> None:
-    assert load_release(checkpoint, weights="model").detailer.out.weight.abs().max() == 0
+def test_raw_weights_are_the_other_ones(checkpoint: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(checkpoint), str(tmp_path / "raw"), "--weights", "model"]) == 0
+    for raw in (load_release(checkpoint, weights="model"), DiPPipeline.from_pretrained(tmp_path / "raw").model):
+        assert raw.detailer.out.weight.abs().max() == 0
 
 
 class Bomb:
