@@ -13,6 +13,7 @@ from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
 from pixeldip.convert import infer_config, load_release, our_name
 from pixeldip.flow import SOLVERS, guided_velocity, time_grid
+from pixeldip.model.layers import swiglu_inner
 
 OFFICIAL = Path(__file__).parent / "official"
 SPEC = json.loads((OFFICIAL / "tiny16.json").read_text())
@@ -103,6 +104,16 @@ def test_xl_has_the_releases_tensors() -> None:
     assert model.num_parameters() == 631_989_411
     inferred = infer_config({name: torch.empty(s, device="meta") for name, s in shapes.items()})
     assert {key: model.config[key] for key in inferred} | {"head_width": 64, "head_depth": 4} == inferred
+
+
+def test_any_width_of_the_mlps_is_told_by_its_tensor() -> None:
+    network = tensors()
+    hidden_size = SPEC["config"]["hidden_size"]
+    for inner in range(1, 4 * hidden_size):
+        network["blocks.0.mlp.w1.weight"] = torch.empty(inner, hidden_size, device="meta")
+        assert swiglu_inner(hidden_size, infer_config(network)["mlp_ratio"]) == inner
+    network["blocks.0.mlp.w1.weight"] = torch.empty(swiglu_inner(hidden_size, 2.0), hidden_size, device="meta")
+    assert infer_config(network)["mlp_ratio"] == 2  # as one writes it in a recipe that goes on from it
 
 
 def test_convert_writes_a_folder_the_pipeline_reads(checkpoint: Path, model: DiP, tmp_path: Path) -> None:

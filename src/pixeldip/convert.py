@@ -1,5 +1,6 @@
 """The authors' checkpoints, and PixNerd's, read without running anything in them, as `DiP` models."""
 
+import math
 import pickle
 import re
 import types
@@ -15,6 +16,7 @@ from .errors import UserError
 from .files import check_writable
 from .model import DiP, check_size
 from .model.heads.pixels import POSITION_FEATURES
+from .model.layers import swiglu_inner
 from .pipeline import DiPPipeline
 from .terminal import some
 
@@ -157,9 +159,9 @@ def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") ->
         ) from None
     except (ValueError, IndexError) as error:  # shapes of other lengths
         raise UserError(f"{path}: neither a DiP nor a PixNerd network: its tensors tell no sizes ({error})") from None
-    mlp_ratio = 1.5 * inner / hidden_size
-    if int(2 * (4 * hidden_size) / 3) == inner:
-        mlp_ratio = 4.0
+    # the release's; else a round one where there is; else one amid those of this inner size, which no rounding leaves
+    ratios = 4.0, math.ceil(1.5 * inner) / hidden_size, (1.5 * inner + 0.75) / hidden_size
+    mlp_ratio = next(ratio for ratio in ratios if swiglu_inner(hidden_size, ratio) == inner)
     return {
         "in_channels": in_channels,
         "patch_size": round((patch_dim / in_channels) ** 0.5),
