@@ -125,6 +125,8 @@ def test_convert_writes_a_folder_the_pipeline_reads(checkpoint: Path, model: DiP
     for name, value in model.state_dict().items():
         assert torch.equal(pipeline.model.state_dict()[name], value), name
     assert main(["convert", str(checkpoint), str(tmp_path / "folder")]) == 2  # never over something else
+    assert main(["convert", str(checkpoint), str(tmp_path / "other"), "--resolution", "250"]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def pixnerd_tensors() -> dict[str, torch.Tensor]:
