@@ -118,6 +118,17 @@ def test_pipelines_compute_modulation_ahead_when_asked() -> None:
         assert len(rows) == 2 + 6
 
 
+def test_weights_of_inference_mode() -> None:
+    """They leave no trace of changes, and may not be asked for one."""
+    with torch.inference_mode():
+        pipe = DiPPipeline(tiny(), height=16, width=16)
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe([2, 0], num_inference_steps=2, output_type="latent").images
+    pipe.enable_precomputed_modulation()
+    ahead = pipe([2, 0], num_inference_steps=2, output_type="latent").images
+    torch.testing.assert_close(ahead, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+
+
 def test_a_pipeline_computes_with_the_model_it_has() -> None:
     pipe = DiPPipeline(tiny(), height=16, width=24)
     pipe.set_progress_bar_config(disable=True)
