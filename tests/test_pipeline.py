@@ -515,6 +515,10 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     again.unfuse_lora()
     again.unload_lora_weights()
     torch.testing.assert_close(again(**settings).images, plain, rtol=1e-4, atol=1e-4)
+    again.load_lora_weights(tmp_path, adapter_name="mine")
+    again.load_lora_weights(tmp_path, adapter_name="mine", hotswap=True)  # the same adapters as before, and no mistake
+    torch.testing.assert_close(again(**settings).images, adapted, rtol=1e-4, atol=1e-4)
+    again.unload_lora_weights()
     weights = {"elsewhere.lora_A.weight": torch.zeros(4, 8), "elsewhere.lora_B.weight": torch.zeros(8, 4)}
     with pytest.raises(UserError, match=r"LoRA weights: .*elsewhere.* not found"):
         again.load_lora_weights(weights)
