@@ -10,6 +10,7 @@ import torch
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
 from pixeldip.export import difference, export_model
+from pixeldip.flow import time_grid
 from pixeldip.model import HEADS
 
 from .conftest import QUIET, TINY_MODEL, largest_file, opened_up, saved_model
@@ -30,8 +31,11 @@ def pipeline_of(**changes) -> DiPPipeline:
 )
 def test_onnx_is_the_model(changes: dict, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    errors = export_model(pipeline_of(**changes), tmp_path, "onnx", 16, 24, QUIET)
+    pipeline = pipeline_of(**changes)
+    errors = export_model(pipeline, tmp_path, "onnx", 16, 24, QUIET)
     assert errors.keys() == {"model.onnx"} and errors["model.onnx"] < 1e-4
+    record = json.loads((tmp_path / "export.json").read_text())
+    assert record["times"] == time_grid(50, objective=pipeline.model.objective)  # not all paths begin at 0
 
 
 def test_the_command_and_its_torch_programs(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
