@@ -20,7 +20,8 @@ from pixeldip import DiPPipeline, UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import from_uint8, grid, to_uint8
 from pixeldip.recipe import parse_recipe
-from pixeldip.sampling import SampledImages, parse_seeds
+from pixeldip.sampling import SampledImages, deal_classes, parse_seeds
+from pixeldip.settings import SamplingSettings
 from pixeldip.training import train
 
 from .conftest import largest_file, opened_up, tiny_recipe
@@ -160,7 +161,7 @@ def test_a_folder_tells_of_the_images_in_it(
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "samples"
     shutil.copytree(model_folder, model)
-    command = ["sample", str(model), "--seeds", "0-3", "--steps", "1", "--batch-size", "1"]
+    command = ["sample", str(model), "--seeds", "0-3", "--steps", "1", "--precision", "fp32", "--batch-size", "1"]
     command += ["--out", str(out)]
     read = SampledImages.read
 
@@ -185,8 +186,15 @@ def test_a_folder_tells_of_the_images_in_it(
     assert whole["metadata.jsonl"].count(b"\n") == 4
     with largest_file(300):
         assert main([*command, "--batch-size", "4"]) == 2
-    assert main([*command, "--guidance", "2"]) == 2
-    assert "holds images of guidance_scale 4.0, not 2.0; name another folder, or delete" in capsys.readouterr().err
+    for flags, told in (
+        (["--guidance", "2"], "guidance_scale 4.0, not 2.0"),
+        (["--classes", "ant"], "classes [0, 1, 2], not [0]"),
+        (["--class-order-seed", "0"], "class_order_seed None, not 0"),
+        (["--height", "24"], "height 16, not 24"),
+        (["--precision", "bf16"], "precision 'float32', not 'bfloat16'"),
+    ):
+        assert main([*command, *flags]) == 2
+        assert f"holds images of {told}; name another folder, or delete" in capsys.readouterr().err
     assert contents() == whole
     trained_on = DiPPipeline.from_pretrained(model)
     opened_up(trained_on.model)
@@ -214,16 +222,33 @@ def test_the_users_folder(model_folder: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_samples_do_not_depend_on_the_batch(model_folder: Path, tmp_path: Path) -> None:
     common = ["sample", str(model_folder), "--seeds", "0-4,9", "--steps", "3", "--precision", "fp32", "--device", "cpu"]
+    common += ["--classes", "bee", "cow", "--class-order-seed", "7", "--height", "24", "--width", "8"]
     for size in (1, 4):
         assert main([*common, "--batch-size", str(size), "--out", str(tmp_path / str(size))]) == 0
     for i in range(6):
         a, b = (np.asarray(Image.open(tmp_path / size / f"{i:06d}.png")).astype(int) for size in ("1", "4"))
         assert abs(a - b).max() <= 1  # one grey level: matrix products round differently in another batch
-    last = json.loads(Image.open(tmp_path / "4" / "000005.png").info["pixeldip"])
-    assert (last["seed"], last["class"], last["num_inference_steps"]) == (9, "cow", 3)
+    pictures = [Image.open(tmp_path / "4" / f"{i:06d}.png") for i in range(6)]
+    notes = [json.loads(picture.info["pixeldip"]) for picture in pictures]
+    classes = [("ant", "bee", "cow")[k] for k in deal_classes((1, 2), 6, order_seed=7)]
+    told = list(zip((0, 1, 2, 3, 4, 9), classes))
+    assert [(note["seed"], note["class"]) for note in notes] == told and {p.size for p in pictures} == {(8, 24)}
+    assert notes[5]["num_inference_steps"] == 3
+    listed = [json.loads(line) for line in (tmp_path / "4" / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["label"]) for row in listed] == told
     assert (tmp_path / "4" / "grid.png").is_file() and json.loads((tmp_path / "4" / "settings.json").read_text())[
         "seeds"
     ] == "0-4,9"
+
+
+def test_images_in_a_precision(model_folder: Path) -> None:
+    pipeline = DiPPipeline.from_pretrained(model_folder)
+    full, half = (
+        SampledImages(pipeline, SamplingSettings(steps=2), range(3), precision=precision)
+        for precision in (torch.float32, torch.bfloat16)
+    )
+    assert (full.made_with()["precision"], half.made_with()["precision"]) == ("float32", "bfloat16")
+    assert not np.array_equal(full.read(0, 3), half.read(0, 3))
 
 
 def test_train_then_sample(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
