@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from pixeldip import DiPPipeline, UserError
+from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import COMMANDS, main
-from pixeldip.images import from_uint8, grid, to_uint8
+from pixeldip.images import display_scale, from_uint8, grid, to_uint8
 from pixeldip.recipe import parse_recipe
 from pixeldip.sampling import SampledImages, deal_classes, parse_seeds
 from pixeldip.settings import SamplingSettings
 from pixeldip.training import train
 
-from .conftest import largest_file, opened_up, tiny_recipe
+from .conftest import TINY_MODEL, largest_file, opened_up, tiny_recipe
 
 
 def test_help_needs_no_torch() -> None:
@@ -251,6 +251,15 @@ def test_images_in_a_precision(model_folder: Path) -> None:
     assert not np.array_equal(full.read(0, 3), half.read(0, 3))
 
 
+def test_grey_images() -> None:
+    pipeline = DiPPipeline(opened_up(DiP(**TINY_MODEL, in_channels=1, num_classes=0)), height=16, width=24)
+    settings = SamplingSettings(steps=2, guidance=1.0)
+    pictures = pipeline(seeds=[3, 4], **settings.pipeline_arguments()).images
+    pixels = SampledImages(pipeline, settings, [3, 4]).read(0, 2)
+    assert {picture.mode for picture in pictures} == {"L"}
+    np.testing.assert_array_equal(pixels, np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+
+
 def test_train_then_sample(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     flags = "--data.resolution 16 --model.hidden-size 32 --model.depth 1 --training.steps 2 --training.batch-size 4"
     run = tmp_path / "my run"
@@ -313,6 +322,7 @@ def test_grid() -> None:
     sheet = grid(cells, columns=2, gap=1, scale=2)
     assert sheet.size == (9, 5)
     assert [sheet.getpixel(p)[0] for p in ((0, 0), (5, 1), (0, 3), (4, 0), (5, 3))] == [0, 1, 2, 255, 255]
+    assert [display_scale(width) for width in (16, 64, 256)] == [6, 2, 1]
 
 
 def test_sampling_with_compiled_blocks(model_folder: Path, tmp_path: Path) -> None:
