@@ -12,16 +12,25 @@ from pixeldip.training import train
 from .conftest import tiny_recipe
 
 FILE = Path(__file__).with_name("losses.json")
+MODELS = {
+    "velocity": {},
+    "image": {"prediction": "image"},
+    "noise": {"prediction": "noise"},
+    "attention, hybrid": {"head": "attention", "head_width": 16, "placement": "hybrid"},
+    "mlp, intermediate": {"head": "mlp", "placement": "intermediate"},
+    "coordinate_mlp": {"head": "coordinate_mlp"},
+    "linear, absolute positions": {"head": "linear", "head_width": None, "absolute_positions": True},
+}
 
 
 def losses(folder: Path) -> dict[str, list[list[float]]]:
-    """Loss and gradient norm of eight steps on the bundled pictures, by what the network puts out."""
+    """Loss and gradient norm of eight steps on the bundled pictures, of models of all predictions, heads and places."""
     found = {}
-    for prediction in ("velocity", "image", "noise"):
-        sections = {"model": {"prediction": prediction}, "training": {"steps": 8}, "optimizer": {"warmup_steps": 4}}
-        recipe = tiny_recipe(folder / prediction, "emoji", **sections)
+    for name, model in MODELS.items():
+        sections = {"model": model, "training": {"steps": 8}, "optimizer": {"warmup_steps": 4}}
+        recipe = tiny_recipe(folder / name, "emoji", **sections)
         train(recipe, Console(quiet=True))
-        found[prediction] = [[entry["loss"], entry["gradient_norm"]] for entry in read_metrics(folder / prediction)]
+        found[name] = [[entry["loss"], entry["gradient_norm"]] for entry in read_metrics(folder / name)]
     return found
 
 
