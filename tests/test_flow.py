@@ -261,6 +261,9 @@ def test_noise_is_a_seeds_own_and_fresh_at_every_step() -> None:
     for drawn in ([noise.start, noise.fresh(0), noise.fresh(1)], [noise.start, of_generators]):
         assert len(torch.cat(drawn).flatten(1).unique(dim=0)) == 2 * len(drawn)  # of two seeds, none twice
     assert torch.equal(SampleNoise(None, None, 2, shape, device).start, seeded_normal([0, 1], shape))
+    # records tell seeds alone: the same numbers ever since
+    assert noise.fresh(1)[:, 0, 0, 0].tolist() == pytest.approx([-0.00539024, 0.50287724])
+    assert of_generators[:, 0, 0, 0].tolist() == pytest.approx([1.370224, 1.1288571])
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(0, 1.0), (10, 0.0), (10, 1e-300)])

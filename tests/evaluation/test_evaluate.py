@@ -194,6 +194,16 @@ def test_fewer_samples_than_classes_are_spread_over_them(model_folder: Path, tmp
     assert "2 samples of 3 classes: 1 of them have none" in record["warnings"]
     assert sorted(deal_classes(range(1000), 4, order_seed=0)) == [125, 375, 625, 875]
     assert deal_classes(range(1000), 4, order_seed=None) == [0, 1, 2, 3]
+    assert deal_classes(range(4), 8, order_seed=0) == [
+        1,
+        0,
+        2,
+        2,
+        1,
+        0,
+        3,
+        3,
+    ]  # ever since; records tell the seed alone
 
 
 def test_a_model_that_puts_out_nan(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
