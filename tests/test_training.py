@@ -122,7 +122,8 @@ def test_without_classes(tmp_path: Path, picture_folder: Path, capsys: pytest.Ca
     for warning in ("files passed over", "1 of 7 images are smaller than 16x16"):
         assert f"warning: data.source {picture_folder / 'ant'}: {warning}" in told
     pipeline = DiPPipeline.from_pretrained(str(tmp_path / "run"))
-    assert len(pipeline(seeds=[0, 1], num_inference_steps=2).images) == 2
+    for noise, count in ({"seeds": [0, 1]}, 2), ({"generator": [torch.Generator(), torch.Generator()]}, 2), ({}, 1):
+        assert len(pipeline(**noise, num_inference_steps=2).images) == count
     with pytest.raises(UserError, match="trained without classes"):
         pipeline(class_labels=[0])
 
