@@ -15,7 +15,7 @@ import pytest
 
 from pixeldip import UserError
 from pixeldip.recipe import parse_recipe, recipe_values, save_recipe
-from pixeldip.run_folder import read_evaluations, read_metrics
+from pixeldip.run_folder import read_evaluations, read_metrics, training_rate
 from pixeldip.training import learner, train
 from pixeldip.training.preparation import check_resume
 
@@ -75,21 +75,26 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert [e["step"] for e in read_metrics(tmp_path / "run")] == list(range(1, stopped + 3))
 
 
-def test_a_signal_in_the_last_step_leaves_nothing_out(
-    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("step", "by"), [(2, signal.SIGTERM), (6, None)])
+def test_a_signal_ends_the_run_with_the_step_that_it_came_in(
+    step: int, by: int | None, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Wherever the next log is; in the last step it leaves nothing out."""
     draw, steps = learner.draw, iter(range(1, 7))
 
     def signalled(*arguments: object) -> tuple:
-        if next(steps) == 6:
+        if next(steps) == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return draw(*arguments)
 
     monkeypatch.setattr(learner, "draw", signalled)
     evaluation = {"every": 6, "images": 4, "steps": 1, "metrics": ["boundary"]}
-    outcome = train(tiny_recipe(tmp_path / "run", picture_folder, evaluation=evaluation), QUIET)
-    assert (outcome.step, outcome.interrupted_by) == (6, None)
-    assert [entry["step"] for entry in read_evaluations(tmp_path / "run")] == [6]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    training = {"log_every": 6, "save_every": 6}
+    outcome = train(tiny_recipe(tmp_path / "run", picture_folder, training=training, evaluation=evaluation), QUIET)
+    assert (outcome.step, outcome.interrupted_by) == (step, by) and newest_step(tmp_path / "run") == step
+    assert [entry["step"] for entry in read_evaluations(tmp_path / "run")] == ([] if by else [6])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before  # of what comes next
 
 
 def test_a_checkpoint_half_written_is_not_there(tmp_path: Path, picture_folder: Path) -> None:
@@ -159,8 +164,9 @@ def test_what_a_resume_may_change(tmp_path: Path) -> None:
 
 def test_steps_that_a_resume_went_back_behind_count_as_they_were_run_again(tmp_path: Path) -> None:
     def line(step: int, loss: float) -> dict:
-        return {"step": step, "loss": loss, "images_per_second": 1.0}
+        return {"step": step, "loss": loss, "images_per_second": float(step**2)}
 
     entries = [*(line(step, 1.0) for step in range(1, 7)), {"event": "start", "step": 3}, line(4, 9.0)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     assert [(m["step"], m["loss"]) for m in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 9.0)]
+    assert training_rate(tmp_path) == (4 + 9) / 2  # the median
