@@ -15,9 +15,11 @@ from pixeldip.processes import Processes, choose_precision
 from pixeldip.recipe import FlowSection, OptimizerSection, load_recipe
 from pixeldip.run_folder import checkpoints, read_metrics
 from pixeldip.training import train
+from pixeldip.training.devices import peak_flops
 from pixeldip.training.ema import EMA
 from pixeldip.training.flops import training_flops
 from pixeldip.training.preparation import build_model
+from pixeldip.training.progress import Progress
 from pixeldip.training.schedule import draw, learning_rate
 
 from . import make_losses
@@ -40,12 +42,27 @@ def test_a_run_learns_and_says_so(tmp_path: Path, picture_folder: Path) -> None:
         "step-00000030.png",
         "step-00000060.png",
     ]
-    assert len(checkpoints(tmp_path / "run")) == recipe.training.keep_last
+    kept = checkpoints(tmp_path / "run")
+    assert len(kept) == recipe.training.keep_last
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept  # nothing is left of the others
     assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["torch"] == torch.__version__ and environment["command"]
     pipeline = DiPPipeline.from_pretrained(str(tmp_path / "run"))
     assert pipeline.config.class_names == ["ant", "bee"] and pipeline.config.height == 16
+
+
+def test_a_logged_loss_is_the_mean_since_the_one_before(tmp_path: Path, picture_folder: Path) -> None:
+    """The norm and the rate are the last step's."""
+    for every in (1, 3):
+        training = {"log_every": every, "save_every": 2}
+        train(tiny_recipe(tmp_path / str(every), picture_folder, training=training), QUIET)
+    each, logged = (read_metrics(tmp_path / name) for name in ("1", "3"))
+    assert [entry["step"] for entry in logged] == [3, 6]
+    for entry, steps in zip(logged, (each[:3], each[3:]), strict=True):
+        assert entry["loss"] == pytest.approx(sum(step["loss"] for step in steps) / 3, rel=1e-6)
+        assert all(entry[name] == steps[-1][name] for name in ("gradient_norm", "lr"))
+    assert len({entry["lr"] for entry in each}) == 6
 
 
 def test_randomness_belongs_to_the_position() -> None:
@@ -116,14 +133,15 @@ def test_what_is_saved_is_the_average(tmp_path: Path, picture_folder: Path) -> N
 def test_without_classes(tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture) -> None:
     (picture_folder / "ant" / "photo.heic").write_bytes(b"")
     make_picture(0, 8, 8).save(picture_folder / "ant" / "small.png")
-    recipe = tiny_recipe(tmp_path / "run", picture_folder / "ant", preview={"every": 6, "images": 4, "steps": 2})
+    sections = {"data": {"resolution": [16, 24]}, "preview": {"every": 6, "images": 4, "steps": 2}}
+    recipe = tiny_recipe(tmp_path / "run", picture_folder / "ant", **sections)
     train(recipe)
     told = capsys.readouterr().out
-    for warning in ("files passed over", "1 of 7 images are smaller than 16x16"):
+    for warning in ("files passed over", "1 of 7 images are smaller than 16x24"):
         assert f"warning: data.source {picture_folder / 'ant'}: {warning}" in told
     pipeline = DiPPipeline.from_pretrained(str(tmp_path / "run"))
     for noise, count in ({"seeds": [0, 1]}, 2), ({"generator": [torch.Generator(), torch.Generator()]}, 2), ({}, 1):
-        assert len(pipeline(**noise, num_inference_steps=2).images) == count
+        assert [image.size for image in pipeline(**noise, num_inference_steps=2).images] == count * [(24, 16)]
     with pytest.raises(UserError, match="trained without classes"):
         pipeline(class_labels=[0])
 
@@ -171,6 +189,25 @@ def test_precision_follows_the_device() -> None:
     assert Processes(0, 1, torch.device("cpu")).is_main
 
 
+def test_speed_is_of_the_training_alone(tmp_path: Path) -> None:
+    """An hour of previews before the first of two logged steps leaves nothing of its time to the training."""
+    with Progress(tmp_path, tiny_recipe(tmp_path, "emoji"), QUIET, 0, Processes(0, 1, torch.device("cpu"))) as progress:
+        progress.pause(3600)
+        for step in (1, 2):
+            progress.step(step, None, 0.0, loss=1.0)
+    first, second = (entry["images_per_second"] for entry in read_metrics(tmp_path))
+    assert first > 1e9 > second  # none of it is taken off twice
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835), ("NVIDIA T4", None)],
+)
+def test_a_device_is_known_by_its_whole_name(name: str, teraflops: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (teraflops and teraflops * 1e12)
+
+
 def test_metrics_during_training(tmp_path: Path, picture_folder: Path) -> None:
     """Logged like the loss, against the training images by default; and the training is not changed by it."""
     evaluation = {"every": 2, "images": 6, "steps": 2, "metrics": ["kid_efficientnet", "nearest", "boundary"]}
@@ -190,9 +227,13 @@ def test_metrics_during_training(tmp_path: Path, picture_folder: Path) -> None:
     train(tiny_recipe(tmp_path / "plain", picture_folder), QUIET)
     losses = [[m["loss"] for m in read_metrics(tmp_path / name)] for name in ("run", "plain")]
     assert losses[0] == losses[1]
+    tracked = events.Scalars("loss")
+    assert [e.step for e in tracked] == list(range(1, 7)) and [e.value for e in tracked] == pytest.approx(losses[0])
 
 
-def test_metrics_against_whatever_the_training_accepts(tmp_path: Path, picture_folder: Path) -> None:
+def test_metrics_against_whatever_the_training_accepts(
+    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
     """A broken file gives its place to the next one, small pictures are enlarged: as in training."""
     (picture_folder / "ant" / "2.png").write_bytes(b"broken")
     recipe = tiny_recipe(
@@ -201,8 +242,9 @@ def test_metrics_against_whatever_the_training_accepts(tmp_path: Path, picture_f
         data={"resolution": 64, "max_broken": 0.5},
         evaluation={"every": 6, "images": 4, "steps": 1, "metrics": ["kid_efficientnet", "boundary"]},
     )
-    train(recipe, QUIET)
+    train(recipe)
     assert '"event": "evaluation"' in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert capsys.readouterr().out.count("2.png") == 1  # that it is skipped is said once
 
 
 @pytest.mark.parametrize(
