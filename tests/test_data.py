@@ -30,6 +30,7 @@ from pixeldip.data import (
     decode,
     open_source,
 )
+from pixeldip.data.order import is_flipped
 from pixeldip.data.transforms import upright_size
 from pixeldip.recipe import DataSection
 
@@ -52,6 +53,9 @@ def test_greyscale_of_eight_and_sixteen_bits() -> None:
     for factor in (1, 257):  # 32-bit files hold either
         longer = Image.fromarray(ramp.astype(np.int32) * factor)
         assert (np.asarray(decode(encoded(longer, "TIFF"))) == ramp[..., None]).all()
+    for factor in (1, 1 / 255):  # and so do those of fractions
+        fractions = Image.fromarray(ramp.astype(np.float32) * np.float32(factor))
+        assert (np.asarray(decode(encoded(fractions, "TIFF"))) == ramp[..., None]).all()
 
 
 def test_palette_and_transparency_end_on_white() -> None:
@@ -100,6 +104,10 @@ def test_crop_is_adms() -> None:
     image = make_picture(3, 34, 68)
     by_hand = image.resize((34, 17), Image.Resampling.BOX).resize((32, 16), Image.Resampling.BICUBIC)
     assert (centre_crop(image, 16, 16) == np.asarray(by_hand.crop((8, 0, 24, 16)))).all()
+    image = make_picture(4, 64, 64)  # a power of two of the target: halved all the way
+    for _ in range(2):
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    assert (centre_crop(make_picture(4, 64, 64), 16, 16) == np.asarray(image)).all()
 
 
 def test_of_a_strip_no_more_is_enlarged_than_the_crop_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,6 +434,15 @@ def test_where_nothing_can_be_read_the_search_ends(damaged_folder: Path) -> None
         folder_images(damaged_folder / "bee", max_broken=1.0)[0]
 
 
+def test_what_is_too_large_for_the_memory_is_not_kept_there(picture_folder: Path) -> None:
+    def kept(resolution: int, in_memory: bool | None = None) -> bool:
+        section = DataSection(source=str(picture_folder), resolution=resolution, in_memory=in_memory)
+        return TrainingImages(open_source(section), section, seed=0).fits_in_memory()
+
+    assert kept(16) and not kept(8192)  # twelve images: 9 kB and 2.4 GB
+    assert kept(8192, in_memory=True) and not kept(16, in_memory=False)
+
+
 def test_in_memory_or_not_the_run_is_the_same(damaged_folder: Path) -> None:
     kept, read = (folder_images(damaged_folder, max_broken=0.5, flip=True) for _ in range(2))
     kept.load_into_memory(QUIET)
@@ -438,6 +455,9 @@ def test_flips_change_between_epochs_and_are_fair(picture_folder: Path) -> None:
     plain, flipped = folder_images(picture_folder), folder_images(picture_folder, flip=True)
     mirrored = [not (plain[p][0] == flipped[p][0]).all() for p in range(240)]
     assert 80 < sum(mirrored) < 160
+    shown = {(flipped.order[position][1], was) for position, was in enumerate(mirrored)}
+    assert len(shown) == 2 * 12  # each picture, as it is and mirrored
+    assert mirrored != [is_flipped(1, *flipped.order[position]) for position in range(240)]  # by another seed
     for position, was in enumerate(mirrored):
         if was:
             assert (plain[position][0][:, ::-1] == flipped[position][0]).all()

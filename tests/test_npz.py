@@ -182,9 +182,12 @@ def test_no_header_costs_more_than_the_file_could_hold(
             assert use(NpzFile(path)) <= 1032 * path.stat().st_size
 
 
-def test_labels_of_another_length(tmp_path: Path) -> None:
-    file = NpzFile(write(tmp_path / "a.npz", arr_1=LABELS[:5]))
-    with pytest.raises(UserError, match=r"arr_1 is int64 \(5,\), expected one integer class id per image \(7\)"):
+@pytest.mark.parametrize(
+    ("labels", "kind"), [(LABELS[:5], r"int64 \(5,\)"), (LABELS / 2, r"float64 \(7,\)"), (LABELS > 0, r"bool \(7,\)")]
+)
+def test_labels_that_are_none(labels: np.ndarray, kind: str, tmp_path: Path) -> None:
+    file = NpzFile(write(tmp_path / "a.npz", arr_1=labels))
+    with pytest.raises(UserError, match=rf"arr_1 is {kind}, expected one integer class id per image \(7\)"):
         file.labels(7)
 
 
