@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import main
-from pixeldip.recipe import Recipe, load_recipe, parse_recipe, recipe_values
+from pixeldip.model import network_config
+from pixeldip.recipe import ModelSection, Recipe, load_recipe, parse_recipe, recipe_values
 from pixeldip.run_folder import newest_checkpoint, read_metrics
 from pixeldip.training import train
 from pixeldip.training.checkpoint import merged
+from pixeldip.training.preparation import model_config
 from pixeldip.training.pretrained import Start, resample, start_from
 
 from .conftest import (
@@ -116,6 +118,8 @@ def test_another_head_starts_anew(trained: DiPPipeline) -> None:
         "detailer.out.weight",
         "detailer.out.bias",
     }
+    config = model_config(ModelSection(head="linear"), 3, network_config(trained.model.config))
+    assert config["hidden_size"] == 32 and DiP(**config).config.head_width is None  # eight was the other head's
     _, start = started(trained, placement="hybrid")
     assert all(name.startswith(("detailer.", "injection.")) for name in start.new)
 
@@ -195,6 +199,9 @@ def test_adapters_alone_are_trained(trained: DiPPipeline, tmp_path: Path, pictur
     for name in own:
         changed = not torch.equal(own[name], theirs[name]) and name != "backbone.class_embed.weight"
         assert changed == any(name == f"{layer}.weight" for layer in layers), name
+    for layer in layers:
+        added = weights[f"{layer}.lora_B.weight"] @ weights[f"{layer}.lora_A.weight"] * 8 / 4  # alpha / rank
+        torch.testing.assert_close(own[f"{layer}.weight"] - theirs[f"{layer}.weight"], added, rtol=1e-3, atol=1e-5)
 
 
 def test_new_classes_are_trained_beside_adapters(trained: DiPPipeline, tmp_path: Path) -> None:
