@@ -17,6 +17,7 @@ from pixeldip.cli import main
 from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe
 from pixeldip.studies import STUDIES
+from pixeldip.studies.comparison import ComparisonOptions, base_recipe, chosen_contenders
 from pixeldip.studies.comparison_report import Measure, difference, paper_table, student_t
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
@@ -85,6 +86,18 @@ def test_every_contender_is_a_network_that_fits_its_images(name: str, scale: str
             assert model(x, t, y).shape == x.shape
 
 
+def test_what_is_asked_for_reaches_every_training() -> None:
+    asked = ComparisonOptions(
+        Path("x"), "laptop", "mine", "dev", "", "test", "real.npz", ("dit",), seeds=1, steps=7, images=9, device="cpu"
+    )
+    study = COMPARISONS["placement"]
+    (contender,) = chosen_contenders(study, asked)
+    recipe = contender_recipe(base_recipe(study, asked), contender, 5, "runs/x")
+    assert (recipe.data.source, recipe.data.split, recipe.evaluation.reference) == ("mine", "dev", "real.npz")
+    assert (recipe.training.steps, recipe.training.device, recipe.training.seed) == (7, "cpu", 5)
+    assert (recipe.evaluation.images, recipe.out, recipe.model.head) == (9, "runs/x", "linear")
+
+
 @pytest.mark.parametrize(("name", "counts"), [("scaling", [629, 772, 776, 1116, 632]), ("placement", [629, 632, 0, 0])])
 def test_paper_scale_has_the_papers_sizes(name: str, counts: list[int]) -> None:
     base = load_recipe("study-paper")
@@ -106,6 +119,9 @@ def test_validation_loss_is_eq_5_at_fixed_times(still: StillImages) -> None:
     model = opened_up(DiP(**TINY_MODEL, num_classes=2))
     again = [validation_losses(model, still, CPU, torch.float32) for _ in range(2)]
     assert again[0] == again[1] and len(set(again[0].values())) == len(TIMES)
+    still.labels = 1 - still.labels
+    swapped = validation_losses(model, still, CPU, torch.float32)
+    assert all(swapped[t] != loss for t, loss in again[0].items())
 
 
 def test_costs_are_the_models_own() -> None:

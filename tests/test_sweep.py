@@ -1,19 +1,27 @@
 """`pixeldip sweep`: which settings it makes, what it measures them on, and what its report says."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from pixeldip import DiP, DiPPipeline
 from pixeldip.arguments import SweepArguments
 from pixeldip.cli import main
-from pixeldip.studies.sweep import FirstImages, classes_like, reference_images
+from pixeldip.images import grid
+from pixeldip.processes import choose_precision
+from pixeldip.sampling import SampledImages, load_pipeline
+from pixeldip.studies.sweep import ASKED, FirstImages, classes_like, reference_images
 from pixeldip.studies.sweep_report import Row, _lines, verdict
 from pixeldip.studies.sweep_settings import Setting, combinations
 
 from .conftest import TINY_MODEL, make_picture, opened_up
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -54,6 +62,15 @@ def test_every_combination_once() -> None:
     # six steps of Heun's would take eleven evaluations, so ten allow five steps, which take nine
     assert {(s.evaluations, s.sampling.steps) for s in heun} == {(9, 5), (11, 6)}
     assert all(s.sampling.guidance_interval == s.interval and s.sampling.guidance == s.guidance for s in found)
+
+
+def test_what_one_folder_holds_was_measured_alike() -> None:
+    """Each argument varies from setting to setting, must be the same for all, or changes no number but by rounding."""
+    changes_nothing = {"out", "device", "precision", "compile", "evaluation_batch_size", "cache", "verify"}
+    changes_nothing |= {"require_balanced", "patch_size"}  # the one refuses; the other is the model's
+    varies = {"guidance", "guidance_interval", "solver", "evaluations", "time_shift"}
+    every = {field.name for field in dataclasses.fields(SweepArguments)}
+    assert every == changes_nothing | varies | set(ASKED)
 
 
 def test_a_curve_is_of_one_setting() -> None:
@@ -122,6 +139,12 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     results = [json.loads(path.read_text()) for path in (out / "settings").glob("*.json")]
     assert len({r["metrics"]["kid_efficientnet"] for r in results}) == 3  # guidance changes the samples
     assert {r["count"] for r in results} == {12} and all(r["seconds_per_image"] > 0 for r in results)
+    pipeline = load_pipeline(str(model), CPU, choose_precision("auto", CPU))
+    classes = classes_like(reference_images(SweepArguments(model="m", reference=str(real)), (32, 32)), pipeline)
+    three = Setting("ab2", 2, 3.0, (0.0, 1.0), 1.0)
+    samples = SampledImages(pipeline, three.sampling, range(12), classes).read(0, 12)
+    sheet = grid([Image.fromarray(pixels) for pixels in samples], 12)
+    assert np.array_equal(np.asarray(Image.open(out / "settings" / f"{three.name}.png")), np.asarray(sheet))
     for page in ("report.md", "report.html"):
         text = (out / page).read_text()
         for words in ("guidance 1", "guidance 3", "guidance 8", "real images", "Lowest EfficientNet KD"):
