@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pixeldip import DiPPipeline, UserError
-from pixeldip.data import TrainingImages, fingerprint, open_source
+from pixeldip.data import Batches, EpochOrder, PositionSampler, TrainingImages, changes, fingerprint, open_source
 from pixeldip.processes import Processes
-from pixeldip.recipe import Recipe, parse_recipe, recipe_values, save_recipe
+from pixeldip.recipe import Recipe, TrainingSection, parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import checkpoints, read_events, read_metrics
 from pixeldip.training import learner, train
 from pixeldip.training.checkpoint import Checkpoints
-from pixeldip.training.divergence import spreading
+from pixeldip.training.divergence import Watch, spreading
 from pixeldip.training.ema import EMA
 from pixeldip.training.failures import explaining_failures
 from pixeldip.training.preparation import build_model
@@ -180,6 +182,17 @@ def test_images_that_moved_are_the_same(trained: Recipe, picture_folder: Path, t
     assert_same_state(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_fingerprint_sees_which_image_is_of_which_class(tmp_path: Path) -> None:
+    """In a table, where no name says so: as many of each class."""
+    rows, found = open_source(tiny_recipe(Path("x"), "emoji").data).rows, []
+    for name, labels in {"a": [0, 1, 1], "b": [1, 0, 1]}.items():
+        table = rows.select(range(3)).remove_columns("label").add_column("label", labels)
+        table.to_parquet(tmp_path / f"{name}.parquet")
+        found.append(fingerprint(open_source(tiny_recipe(Path("x"), tmp_path / f"{name}.parquet").data)))
+    assert found[0]["classes"] == found[1]["classes"] == {"0": 1, "1": 2}
+    assert changes(*found) == "as many images, but other names, sizes or order"
+
+
 def test_a_fingerprint_sees_what_a_file_holds_by_its_size(picture_folder: Path) -> None:
     recipe = tiny_recipe(Path("x"), picture_folder)
     before = fingerprint(open_source(recipe.data))
@@ -224,7 +237,9 @@ def test_a_step_that_diverges_stops_the_run_and_never_reaches_the_weights(
         train(recipe, QUIET)
     assert not checkpoints(tmp_path / "run")
     (event,) = read_events(tmp_path / "run", "divergence")
-    assert event["step"] == 3 and len(event["rows"]) == 4 and event["loss"] in ("inf", "nan")
+    order = EpochOrder(12, recipe.training.seed)
+    assert event["step"] == 3 and event["rows"] == [order[position][1] for position in (8, 9, 10, 11)]
+    assert event["loss"] in ("inf", "nan")
     assert read_events(tmp_path / "run", "failed")
 
 
@@ -265,12 +280,25 @@ def test_a_loss_that_is_not_finite_shows_in_the_gradient() -> None:
     assert x.grad.tolist() == [2.0, 3.0]
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [True, False])  # not where a device has no such kernel
+def test_only_a_sound_step_is_taken(fused: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+    watch, moved = Watch(TrainingSection(gradient_limit=5.0), EpochOrder(4, seed=0), CPU), []
+    for step, norm in enumerate((1.0, math.nan, math.inf, 5.1, 5.0)):
+        before, weight.grad = weight.item(), torch.ones(1)
+        watch.step(step, optimizer, torch.tensor(norm))
+        moved.append(weight.item() != before)
+    assert moved == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_that_are_not_finite_are_not_saved(averaged: bool, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path / "run", "emoji")
     model = build_model(recipe.model, 3, 0)
     ema, optimizer = EMA(model, 0.9), torch.optim.AdamW(model.parameters())
     with torch.no_grad():
-        next(model.parameters()).flatten()[0] = math.nan
+        next((ema.model if averaged else model).parameters()).flatten()[0] = math.nan
     alone = Processes(0, 1, torch.device("cpu"))
     saved = Checkpoints(tmp_path / "run", model, ema, optimizer, {"height": 16, "width": 16}, 2, alone)
     with pytest.raises(UserError, match="no longer finite, and were not saved"):
@@ -307,13 +335,14 @@ def test_half_a_line_of_the_metrics_swallows_nothing(trained: Recipe) -> None:
     assert data["sha256"] == starts[0]["data"] and data["images"] == 12
 
 
-def test_out_of_memory_names_what_would_fit(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, "emoji", training={"batch_size": 12})
+@pytest.mark.parametrize(("batch_size", "passes", "at_once", "advised"), [(12, 1, 12, 2), (36, 4, 9, 12)])
+def test_out_of_memory_names_what_would_fit(
+    batch_size: int, passes: int, at_once: int, advised: int, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path, "emoji", training={"batch_size": batch_size, "gradient_accumulation": passes})
+    told = rf"{at_once} images at once in each of 1 processes; give --training.gradient-accumulation {advised} "
     with (
-        pytest.raises(
-            UserError,
-            match=r"12 images at once in each of 1 processes; give --training.gradient-accumulation 2.* begins anew",
-        ),
+        pytest.raises(UserError, match=f"{told}.* begins anew"),
         explaining_failures(recipe, CPU),
     ):
         torch.empty(2**50)
@@ -349,17 +378,29 @@ def test_slow_storage_is_told(
     data = {"in_memory": False, "workers": 0}
     recipe = tiny_recipe(tmp_path / "run", picture_folder, data=data, training={"steps": 2, "log_every": 1})
     train(recipe)
-    _, last = read_metrics(tmp_path / "run")
+    first, last = read_metrics(tmp_path / "run")
+    assert 4 / (last["seconds"] - first["seconds"]) == pytest.approx(last["images_per_second"], rel=0.05)
     assert SLOW_IMAGES < last["waiting_for_images"] <= 1
     *_, told = re.findall(r"waiting for images (\d+)%", capsys.readouterr().out)
     assert abs(int(told) / 100 - last["waiting_for_images"]) < 0.006  # each is rounded for itself
 
 
-def test_storage_that_hangs_is_named(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, "pictures", data={"timeout": 7})
-    message = "no batch came within data.timeout = 7 s: is pictures still reachable"
-    with pytest.raises(UserError, match=message), explaining_failures(recipe, CPU):
-        raise RuntimeError("DataLoader timed out after 7 seconds")  # as torch says it
+def test_storage_that_hangs_is_named(tmp_path: Path, picture_folder: Path) -> None:
+    """As it does to the process that reads: it is stopped here."""
+    recipe = tiny_recipe(tmp_path, picture_folder, data={"in_memory": False, "workers": 1, "timeout": 1})
+    images, others = TrainingImages(open_source(recipe.data), recipe.data, seed=0), active_children()
+    batches = Batches(images, PositionSampler(4, 0, 1, 1, 0, 1), pin_memory=False)
+    (reader,) = set(active_children()) - set(others)
+    os.kill(reader.pid, signal.SIGSTOP)
+    waited_enough = threading.Timer(60, reader.kill)
+    waited_enough.start()
+    message = f"no batch came within data.timeout = 1 s: is {picture_folder} still reachable"
+    try:
+        with pytest.raises(UserError, match=message), explaining_failures(recipe, CPU):
+            next(batches)
+    finally:
+        waited_enough.cancel()
+        os.kill(reader.pid, signal.SIGCONT)
 
 
 def test_a_killed_process_ends_the_others_and_a_restart_carries_on(tmp_path: Path, picture_folder: Path) -> None:
