@@ -151,6 +151,17 @@ def test_nearest_shows_copies(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
         assert message in capsys.readouterr().err
 
 
+def test_real_images_are_of_the_split_that_is_named(tmp_path: Path) -> None:
+    """Of 40 pictures to train on and 10 others."""
+    samples = save_npz(tmp_path / "samples.npz", smooth_images(4, 3))
+    arguments = ["--reference", "emoji", "--train-images", "emoji", "--metrics", "nearest", "--patch-size", 8]
+    for splits in (("test", "train"), ("train", "test")):
+        record = run(tmp_path, samples, *arguments, "--reference-split", splits[0], "--train-split", splits[1])
+        counts = {"train": 40, "test": 10}
+        assert record["reference"]["images"] == counts[splits[0]]
+        assert record["training_images"]["images"] == counts[splits[1]]
+
+
 def test_a_model_is_sampled_and_measured(model_folder: Path, tmp_path: Path) -> None:
     """A model, its samples kept as .npz, and its samples kept as a folder give the same numbers."""
     real = save_folder(tmp_path / "real", smooth_images(20, 2))
@@ -159,6 +170,9 @@ def test_a_model_is_sampled_and_measured(model_folder: Path, tmp_path: Path) -> 
     by_model = run(tmp_path, model_folder, *common, *sampling, "--images", 20, "--save-images", tmp_path / "kept.npz")
     kept = NpzFile(tmp_path / "kept.npz")
     assert np.bincount(kept.labels(20)).tolist() == [7, 7, 6] and (np.diff(kept.labels(20)) < 0).any()
+    assert not any(
+        "balanced" in warning for warning in by_model["warnings"]
+    )  # one more of a class is as near as it gets
     by_npz = run(tmp_path, tmp_path / "kept.npz", *common)
     assert by_npz["metrics"] == by_model["metrics"]
     assert by_npz["samples"]["pixels_sha256"] == by_model["samples"]["pixels_sha256"]
@@ -192,6 +206,9 @@ def test_fewer_samples_than_classes_are_spread_over_them(model_folder: Path, tmp
     record = run(tmp_path, model_folder, *arguments)
     assert record["samples"]["classes"]["counts"] == {"0": 1, "2": 1}
     assert "2 samples of 3 classes: 1 of them have none" in record["warnings"]
+    assert record["options"]["patch_size"] == 8 and not any("patch size" in told for told in record["warnings"])
+    chosen = run(tmp_path, model_folder, *arguments, "--classes", "bee", 2)
+    assert chosen["samples"]["classes"]["counts"] == {"1": 1, "2": 1}
     assert sorted(deal_classes(range(1000), 4, order_seed=0)) == [125, 375, 625, 875]
     assert deal_classes(range(1000), 4, order_seed=None) == [0, 1, 2, 3]
     assert deal_classes(range(4), 8, order_seed=0) == [

@@ -30,6 +30,12 @@ def test_reference_files(tmp_path: Path, seeded_weights: Path, picture_folder: P
             "sigma_s": ((SPATIAL_DIM, SPATIAL_DIM), "float64"),
         }
     assert NpzFile(out).made_with["data"] == str(picture_folder)
+    few = ["--images", "5", "--out", str(tmp_path / "few.npz"), *weights]  # which are kept singly
+    assert main(["evaluate", "reference", str(picture_folder), "--resolution", "32", *few]) == 0
+    some, whole = NpzFile(tmp_path / "few.npz"), NpzFile(out)
+    kept, pictures = ({image.tobytes() for image in file.images().read(0, 99)} for file in (some, whole))
+    assert len(kept) == 5 and kept < pictures
+    assert all(np.array_equal(some.load(name), whole.load(name)) for name in ("mu", "sigma", "mu_s", "sigma_s"))
     samples = save_npz(tmp_path / "samples.npz", smooth_images(9, 3))
     by_file = run(tmp_path, samples, "--reference", out, *weights)
     by_folder = run(tmp_path, samples, "--reference", picture_folder, *weights)
@@ -57,11 +63,12 @@ def test_statistics_are_read_not_recomputed(tmp_path: Path, seeded_weights: Path
 def test_the_reference_is_cached_by_content_and_weights(
     tmp_path: Path, reference_cache: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    samples = save_npz(tmp_path / "samples.npz", smooth_images(10, 1))
+    samples = save_npz(tmp_path / "samples.npz", smooth_images(5, 1))
     folder = Path(save_folder(tmp_path / "real", smooth_images(12, 2)))
     arguments = [samples, "--reference", folder, "--metrics", *NO_DOWNLOAD]
     first, again = run(tmp_path, *arguments), run(tmp_path, *arguments)
     assert not first["reference"]["features_from_cache"] and again["reference"]["features_from_cache"]
+    assert first["floors"]["kid_efficientnet"]["size"] == 5  # real images on either side of the floor's comparison
     assert again["metrics"] == first["metrics"] and again["floors"] == first["floors"]
     assert run(tmp_path, *arguments, "--no-cache")["metrics"] == first["metrics"]
     (entry,) = (p for p in reference_cache.iterdir() if p.stat().st_mtime >= folder.stat().st_mtime)

@@ -1,5 +1,6 @@
 """What cannot be measured, or means less than it seems: refusals and warnings."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,8 @@ def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:
     dark = np.tile(GOOD[:4] % 2, (3, 1, 1, 1))
     labels = np.array([0] * 8 + [1] * 2 + [3] * 2)
     path = save_npz(tmp_path / "a.npz", dark, labels)
-    record = run(tmp_path, path, "--reference", path, *weights, "--metrics", "is", "precision", "--is-split", 5)
+    copy = shutil.copy(path, tmp_path / "copy.npz")
+    record = run(tmp_path, path, "--reference", copy, *weights, "--metrics", "is", "precision", "--is-split", 5)
     warnings = " | ".join(record["warnings"])
     for text in (
         "no pixel is above 1",
@@ -145,6 +147,7 @@ def test_warnings(tmp_path: Path, seeded_weights: Path) -> None:
         tmp_path, path, "--reference", path, *weights, "--metrics", "is", "--is-split", 5, "--is-order", "shuffled"
     )
     assert "sorted by class" not in " ".join(shuffled["warnings"])
+    assert "the samples and the reference are the same images" in shuffled["warnings"]  # though they are not measured
     constant = save_npz(tmp_path / "b.npz", np.full((4, 16, 16, 3), 9, np.uint8), np.zeros(3, int))
     real = save_npz(tmp_path / "c.npz", GOOD)
     record = run(
