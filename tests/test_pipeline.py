@@ -622,6 +622,12 @@ def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "toy" / "samples.png").read_bytes() == newest.read_bytes()
     assert not any(str(run) in path.read_text() for path in (tmp_path / "toy").rglob("*.json"))
     assert not list(run.rglob("README.md"))  # checkpoints have none: they would be stale
+    further = shutil.copytree(run, tmp_path / "further" / "toy")  # than its checkpoint
+    with (further / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"step": 9, "loss": 77.7, "images_per_second": 1.0}) + "\n")
+    DiPPipeline.from_pretrained(further).save_pretrained(tmp_path / "saved" / "toy", license="cc-by-4.0")
+    told = (tmp_path / "saved" / "toy" / "README.md").read_text()
+    assert sorted(told.splitlines()) == sorted(card.splitlines())  # the entries at the top have no order
     # a copy of a copy keeps it; weights from nowhere say so
     DiPPipeline.from_pretrained(tmp_path / "toy").save_pretrained(tmp_path / "copy")
     assert (tmp_path / "copy" / "README.md").read_text() == card and (tmp_path / "copy" / "samples.png").is_file()
@@ -629,7 +635,7 @@ def test_the_model_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     DiPPipeline.from_pretrained(tmp_path / "unlicensed").save_pretrained(tmp_path / "licensed", license="cc-by-4.0")
     assert "None was stated" in (tmp_path / "unlicensed" / "README.md").read_text()
     licensed = (tmp_path / "licensed" / "README.md").read_text()
-    assert sorted(licensed.splitlines()) == sorted(card.splitlines())  # the entries at the top have no order
+    assert sorted(licensed.splitlines()) == sorted(card.splitlines())
     DiPPipeline.from_pretrained(tmp_path / "licensed").save_pretrained(tmp_path / "again", license="mit")
     again = (tmp_path / "again" / "README.md").read_text()
     assert "license: mit" in again and "## Licence\n\nmit" in again and "cc-by" not in again
