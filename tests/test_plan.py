@@ -58,6 +58,15 @@ def test_the_command(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_preset_takes_the_place_of_sizes_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    recipe = "data: {source: emoji, resolution: 64}\nmodel: {hidden_size: 32, num_heads: 2, prediction: image}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    flags = ["--model.preset", "dip-s/16", "--model.depth", "1", "--plan", "--plan.devices", "1"]
+    assert main(["train", str(tmp_path / "recipe.yaml"), *flags]) == 0
+    config = json.loads(capsys.readouterr().out.splitlines()[-1])["config"]
+    assert (config["hidden_size"], config["depth"], config["prediction"]) == (384, 1, "image")
+
+
 @pytest.fixture
 def on_real_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The passes compute."""
@@ -121,6 +130,12 @@ def test_checkpoints_are_as_large_as_said(tmp_path: Path) -> None:
         assert written == pytest.approx(said.training_state, rel=0.05)
         assert _size(folder / PIPELINE) == pytest.approx(said.pipeline, rel=0.05)
     assert (len(folders) + 1) * _size(folders[0]) == pytest.approx(said.on_disk, rel=0.05)
+    adapting = {"hidden_size": 192, "depth": 3, "pretrained": str(tmp_path / "run"), "lora_rank": 2}
+    recipe = tiny_recipe(tmp_path / "adapted", "emoji", model=adapting, training={"steps": 1})
+    said = plan(recipe, PlanOptions((1,))).checkpoint
+    train(recipe, Console(quiet=True))
+    (folder,) = checkpoints(tmp_path / "adapted")
+    assert _size(folder / TRAINING_STATE) == pytest.approx(said.training_state, rel=0.05)
 
 
 def _size(folder: Path) -> int:
