@@ -53,15 +53,19 @@ def test_every_combination_once() -> None:
             evaluations=(10, 11),
             guidance=(1.0, 2.0),
             guidance_interval=((0.0, 1.0), (0.2, 0.8)),
+            time_shift=(1.0, 3.0),
         )
     )
     ab2 = [s for s in found if s.solver == "ab2"]
     heun = [s for s in found if s.solver == "heun"]
-    assert len(ab2) == 2 * 3 and len({s.name for s in found}) == len(found)  # unguided, and guided in two intervals
+    assert len(ab2) == 2 * 3 * 2 and len({s.name for s in found}) == len(found)  # unguided, and guided in two intervals
     assert {s.evaluations for s in ab2} == {10, 11} == {s.sampling.steps for s in ab2}
     # six steps of Heun's would take eleven evaluations, so ten allow five steps, which take nine
     assert {(s.evaluations, s.sampling.steps) for s in heun} == {(9, 5), (11, 6)}
     assert all(s.sampling.guidance_interval == s.interval and s.sampling.guidance == s.guidance for s in found)
+    assert {s.sampling.time_shift for s in found} == {1, 3} and all(
+        s.sampling.time_shift == s.time_shift for s in found
+    )
 
 
 def test_what_one_folder_holds_was_measured_alike() -> None:
