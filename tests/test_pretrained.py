@@ -247,7 +247,7 @@ def test_refused(model: dict, message: str, trained: DiPPipeline, tmp_path: Path
 def test_flags_that_name_a_network_replace_the_recipes(trained: DiPPipeline, tmp_path: Path, picture_folder) -> None:
     flags = "--data.resolution 16 --training.steps 1 --training.batch-size 2 --preview.every 0 --training.device cpu"
     where = ["--data.source", str(picture_folder), "--out", str(tmp_path / "run")]
-    assert main(["train", "--model.pretrained", str(tmp_path / "trained"), *where, *flags.split()]) == 0
+    assert main(["train", f"--model.pretrained={tmp_path / 'trained'}", *where, *flags.split()]) == 0
     assert DiPPipeline.from_pretrained(tmp_path / "run").model.config.hidden_size == 32
     record = json.loads((tmp_path / "run" / "start.json").read_text())
     assert (record["new"], record["trained_at"]) == ([], [16, 16])
