@@ -51,6 +51,19 @@ def test_every_value_of_the_recipe_is_felt(
     assert any(not torch.equal(plain[name], changed[name]) for name in plain)
 
 
+def test_without_a_clip_no_gradient_is_shortened(tmp_path: Path, picture_folder: Path) -> None:
+    """Those of a network that puts out the image are longer than 1."""
+
+    def left_behind(clip: float | None) -> dict[str, torch.Tensor]:
+        sections = {"model": {"prediction": "image"}, "optimizer": {"gradient_clip": clip}, "training": {"steps": 3}}
+        train(tiny_recipe(tmp_path / str(clip), picture_folder, **sections), QUIET)
+        return saved_state(newest_checkpoint(tmp_path / str(clip)))
+
+    plain, unreached, clipped = map(left_behind, (None, 1e9, 1.0))
+    assert all(torch.equal(plain[name], unreached[name]) for name in plain)
+    assert any(not torch.equal(plain[name], clipped[name]) for name in plain)
+
+
 @pytest.mark.parametrize(
     "name", ["my-images", "demo", "demo-gpu", "emoji64", "imagenet256-dip-xl", "imagenet512-dip-xl32"]
 )
