@@ -1,4 +1,4 @@
-"""The losses of a few steps, which no change moves unknowingly: `python -m tests.make_losses` writes them anew."""
+"""The losses of a few steps, which no change moves unknowingly: `python -m tests.make_losses` writes them again."""
 
 import json
 import tempfile

@@ -152,7 +152,7 @@ def test_a_damaged_record_of_the_images(trained: Recipe, damaged: str) -> None:
     [
         ("recipe.yaml", "recipe.yaml is gone: the settings are not compared"),
         ("data.json", "data.json is gone: the images are not compared"),
-        ("checkpoints", "run: no checkpoint of its 6 steps; it begins anew"),
+        ("checkpoints", "run: no checkpoint of its 6 steps; it starts from the beginning"),
     ],
 )
 def test_what_is_gone_of_a_run_is_told(gone: str, told: str, trained: Recipe, capsys: pytest.CaptureFixture) -> None:
@@ -232,7 +232,8 @@ def test_a_step_that_diverges_stops_the_run_and_never_reaches_the_weights(
     recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"log_every": 5})
     bad_step(3)
     with pytest.raises(
-        UserError, match=r"step 3 diverged: loss (inf|nan), .*on-divergence skip, .* begins anew, for want"
+        UserError,
+        match=r"step 3 diverged: loss (inf|nan), .*on-divergence skip, .* starts from the beginning, for want",
     ):
         train(recipe, QUIET)
     assert not checkpoints(tmp_path / "run")
@@ -342,7 +343,7 @@ def test_out_of_memory_names_what_would_fit(
     recipe = tiny_recipe(tmp_path, "emoji", training={"batch_size": batch_size, "gradient_accumulation": passes})
     told = rf"{at_once} images at once in each of 1 processes; give --training.gradient-accumulation {advised} "
     with (
-        pytest.raises(UserError, match=f"{told}.* begins anew"),
+        pytest.raises(UserError, match=f"{told}.* starts from the beginning"),
         explaining_failures(recipe, CPU),
     ):
         torch.empty(2**50)

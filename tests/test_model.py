@@ -222,7 +222,7 @@ def test_a_convolution_as_a_product_is_the_plain_one() -> None:
 
 
 def test_kept_kernels_follow_the_weights() -> None:
-    """Kernels are kept between calls without gradients; a weight that changes in place, or moves, makes them anew."""
+    """Kernels are kept between calls without gradients, until a weight changes in place or moves."""
     head = UNetHead(3, 8, 16, width=8).eval()
     patch, context = torch.randn(6, 3, 8, 8), torch.randn(6, 16)
 
@@ -336,7 +336,7 @@ def test_bf16_weights_and_input_dtype() -> None:
 
 
 def test_predicted_noise_is_eq_1s() -> None:
-    """A network that puts out the noise it was given moves x_t along the straight path to the image."""
+    """A network that predicts the noise it was given moves x_t along the straight path to the image."""
     model = tiny(prediction="noise")
     seen = {}
 

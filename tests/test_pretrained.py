@@ -230,7 +230,7 @@ def test_merging_leaves_the_original_alone(trained: DiPPipeline) -> None:
         ({"pretrained": "no.ckpt"}, "model.pretrained: no.ckpt: no such file"),
         ({"pretrained": "some/hub-id"}, "model.pretrained: some/hub-id: cannot be loaded"),
         ({"preset": "dip-s/16"}, "give one of them"),
-        ({"prediction": "noise"}, "puts out the velocity"),
+        ({"prediction": "noise"}, "predicts the velocity"),
         ({"patch_size": 7}, "multiples of 7"),
         ({"hidden_size": 64}, "nothing of its blocks fits .hidden_size 32 there, 64 here"),
         ({"pretrained": None, "lora_rank": 2}, "adapters need a trained model"),

@@ -52,7 +52,7 @@ def test_every_value_of_the_recipe_is_felt(
 
 
 def test_without_a_clip_no_gradient_is_shortened(tmp_path: Path, picture_folder: Path) -> None:
-    """Those of a network that puts out the image are longer than 1."""
+    """Those of a network that predicts the image are longer than 1."""
 
     def left_behind(clip: float | None) -> dict[str, torch.Tensor]:
         sections = {"model": {"prediction": "image"}, "optimizer": {"gradient_clip": clip}, "training": {"steps": 3}}

@@ -121,7 +121,10 @@ def test_a_sharded_checkpoint_that_cannot_be_written(alone: Recipe, tmp_path: Pa
     blocks = int(1.25 * weights.stat().st_size / 1024)
     failed = launch(alone, run, 2, before=f"ulimit -f {blocks}", shard=True)
     assert failed.returncode != 0
-    assert "could not be written (File too large); put it right, and the same command begins anew" in failed.stderr
+    assert (
+        "could not be written (File too large); put it right, and the same command starts from the beginning"
+        in failed.stderr
+    )
     assert newest_checkpoint(run) is None
     assert launch(alone, run, 2, shard=True).returncode == 0
     assert_as_alone(run, alone)

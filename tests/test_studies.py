@@ -108,7 +108,7 @@ def test_paper_scale_has_the_papers_sizes(name: str, counts: list[int]) -> None:
 
 
 def test_validation_loss_is_eq_5_at_fixed_times(still: StillImages) -> None:
-    """A network that puts out nothing has the mean square of x - eps: that of x, and 1 for the noise."""
+    """A network whose output is 0 has the mean square of x - eps: that of x, and 1 for the noise."""
     model = DiP(**TINY_MODEL, num_classes=2)
     torch.nn.init.zeros_(model.detailer.out.weight)
     losses = validation_losses(model, still, CPU, torch.float32)

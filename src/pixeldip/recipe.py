@@ -41,7 +41,7 @@ class ModelSection:
     """A named size, for instance dip-xl/16; the sizes given beside it override its row."""
     pretrained: str | None = None
     """Trained weights to start from: a run folder, a saved model, a hub id or an authors' checkpoint. Its sizes are
-    taken over; those given beside it override them, and what no longer fits starts anew."""
+    taken over; those given beside it override them, and what no longer fits starts from scratch."""
     lora_rank: Positive | None = None
     """Train low-rank adapters (LoRA) of the pretrained model's blocks, and nothing else."""
     lora_alpha: Annotated[float, Field(gt=0)] | None = None
@@ -58,7 +58,7 @@ class ModelSection:
     placement: Literal["post", "intermediate", "hybrid"] | None = None
     """Where the head stands: after the last block (None: this), half-way through the blocks, or in both places."""
     prediction: Literal["velocity", "image", "noise"] | None = None
-    """What the network puts out; None: velocity. image (the clean image) learns clean strokes much sooner; noise
+    """What the network predicts; None: velocity. image (the clean image) learns clean strokes much sooner; noise
     trains on the variance-preserving path (Eqs. 1 and 4)."""
     absolute_positions: bool | None = None
     """Tell the backbone where in the image a patch lies; None: no, as in the release. Small budgets gain by it."""
@@ -76,7 +76,7 @@ class DataSection:
     resolution: Positive | tuple[Positive, Positive] = 64
     """Pixels: one number, or height and width; both multiples of the patch size."""
     flip: bool = False
-    """Mirror half of the images, chosen anew in each epoch."""
+    """Mirror half of the images, chosen again in each epoch."""
     image_column: str | None = None
     """None: the first column that holds images."""
     label_column: str | None = None

@@ -230,7 +230,7 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         self._replayed = ReplayedNetwork(self.model)
 
     def disable_cuda_graphs(self) -> None:
-        """Every evaluation is computed anew again, with its modulation."""
+        """Every evaluation is computed again, with its modulation."""
         self._replayed = None
 
     def _solver(

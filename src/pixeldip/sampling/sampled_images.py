@@ -131,7 +131,7 @@ class SampledImages:
                 that it was heading for.
 
         Raises:
-            UserError: if the model puts out anything that is not a number.
+            UserError: if the model's output is not finite.
         """
 
         def reached(_: DiPPipeline, step: int, t: float, tensors: dict[str, Tensor]) -> None:

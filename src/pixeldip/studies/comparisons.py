@@ -187,11 +187,11 @@ COMPARISONS = {
         ),
         Study(
             "prediction",
-            "What the network puts out",
+            "What the network predicts",
             "Velocity, clean image or noise: what suits which network?",
             "Sec. 3.1 (Eqs. 4 and 5), with the image prediction of JiT (Sec. 2)",
             "It does not compare them. It trains the velocity (Eq. 5), speaks of the noise in Sec. 3.3, and names JiT, "
-            "which puts out the image and needs no head.",
+            "which predicts the image and needs no head.",
             prediction,
         ),
     )

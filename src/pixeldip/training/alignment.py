@@ -70,7 +70,7 @@ class Alignment:
         tokens = self.encoder(pixel_values=pixels, **self.options).last_hidden_state
         if tokens.dim() != 3 or tokens.shape[1] < rows * columns:
             raise UserError(
-                f"alignment.encoder {self.section.encoder}: puts out {tuple(tokens.shape)} for {rows}x{columns} patches"
+                f"alignment.encoder {self.section.encoder}: gives {tuple(tokens.shape)} for {rows}x{columns} patches"
             )
         return tokens[:, -rows * columns :]  # class and register tokens come first
 

@@ -110,7 +110,7 @@ class Checkpoints:
             floating = [value for value in weights.state_dict().values() if value.is_floating_point()]
             if not whole_tensor(get_total_norm(floating)).isfinite():
                 raise UserError(
-                    f"step {step}: the weights are no longer finite, and were not saved; start anew in another folder "
+                    f"step {step}: the weights are no longer finite, and were not saved; start again in another folder "
                     "with a lower optimizer.lr or training.precision fp32"
                 )
 
@@ -190,7 +190,7 @@ def sound_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
         return folder, list(damaged.values())
     if damaged:
         raise UserError(
-            f"{run}: no checkpoint to go on from ({'; '.join(damaged.values())}); start anew in another folder, or "
+            f"{run}: no checkpoint to go on from ({'; '.join(damaged.values())}); start again in another folder, or "
             f"delete {run / CHECKPOINTS}"
         )
     return None, []

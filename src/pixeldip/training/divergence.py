@@ -101,6 +101,6 @@ def check_divergence(training: TrainingSection, run: Path, diverged: list[dict[s
 def _stop(step: dict[str, Any], advice: str) -> NoReturn:
     raise UserError(
         f"step {step['step']} diverged: loss {step['loss']:.4g}, gradient norm {step['gradient_norm']:.4g}. It was "
-        f"left out, and metrics.jsonl names its images; {advice} anew in another folder with a lower optimizer.lr or "
+        f"left out, and metrics.jsonl names its images; {advice} again in another folder with a lower optimizer.lr or "
         "training.precision fp32"
     )

@@ -26,7 +26,7 @@ def again(run: Path) -> str:
         is_saved = newest_checkpoint(run) is not None
     except OSError:  # of the storage that the run has failed of
         is_saved = True
-    return "goes on from the last checkpoint" if is_saved else "begins anew, for want of a checkpoint"
+    return "goes on from the last checkpoint" if is_saved else "starts from the beginning, for want of a checkpoint"
 
 
 @contextlib.contextmanager

@@ -137,7 +137,7 @@ def model_config(section: ModelSection, num_classes: int, trained: Mapping[str, 
     asked = given.get("prediction", trained["prediction"])
     if asked != trained["prediction"]:
         raise UserError(
-            f"model.prediction {asked}: the pretrained model puts out the {trained['prediction']}, and keeps doing so"
+            f"model.prediction {asked}: the pretrained model predicts the {trained['prediction']}, and keeps doing so"
         )
     if given.get("head", trained["head"]) != trained["head"]:
         trained = {**trained, "head_width": None, "head_depth": None}
@@ -175,7 +175,7 @@ def not_compared(run: Path) -> list[str]:
     """What is gone of a run that was begun in the folder, so that going on is not compared with its beginning."""
     if not newest_checkpoint(run):
         steps = read_metrics(run)
-        return [f"{run}: no checkpoint of its {steps[-1]['step']} steps; it begins anew"] if steps else []
+        return [f"{run}: no checkpoint of its {steps[-1]['step']} steps; it starts from the beginning"] if steps else []
     records = {RECIPE: "settings", DATA: "images"}
     return [
         f"{run / name} is gone: the {what} are not compared with those that the run began with"

@@ -1,4 +1,4 @@
-"""Starting from trained weights: what of them is kept, what is resampled, what starts anew.
+"""Starting from trained weights: what of them is kept, what is resampled, what starts from scratch.
 
 D hidden size, C image channels, P patch side.
 """
@@ -66,7 +66,7 @@ class Start:
         if self.resampled:
             lines.append(f"resampled to another patch size: {', '.join(self.resampled)}")
         if self.new:
-            lines.append(f"started anew: {some(self.new)}")
+            lines.append(f"started from scratch: {some(self.new)}")
         if self.classes_new or self.classes_left_out:
             found = [f"{some(self.classes_kept)} kept" if self.classes_kept else "none kept"]
             if self.classes_new:
@@ -144,7 +144,7 @@ def start_from(name: str, pretrained: DiPPipeline, model: DiP, class_names: Sequ
 
 
 def check_adapted(start: Start) -> None:
-    """Refuses adapters beside parts that start anew: nothing would ever train those.
+    """Refuses adapters beside parts that start from scratch: nothing would ever train those.
 
     Raises:
         UserError: naming them.
