@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from pixeldip import DiP
+from pixeldip.arguments import StudyArguments
 from pixeldip.cli import main
 from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe
 from pixeldip.studies import STUDIES
-from pixeldip.studies.comparison import ComparisonOptions, base_recipe, chosen_contenders
+from pixeldip.studies.comparison import base_recipe, chosen_contenders
 from pixeldip.studies.comparison_report import Measure, difference, paper_table, student_t
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
@@ -87,10 +88,9 @@ def test_every_contender_is_a_network_that_fits_its_images(name: str, scale: str
 
 
 def test_what_is_asked_for_reaches_every_training() -> None:
-    asked = ComparisonOptions(
-        Path("x"), "laptop", "mine", "dev", "", "test", "real.npz", ("dit",), seeds=1, steps=7, images=9, device="cpu"
-    )
-    study = COMPARISONS["placement"]
+    asked = StudyArguments("placement", data="mine", split="dev", reference="real.npz", contenders=("dit",))
+    asked = dataclasses.replace(asked, steps=7, images=9, device="cpu")
+    study = COMPARISONS[asked.name]
     (contender,) = chosen_contenders(study, asked)
     recipe = contender_recipe(base_recipe(study, asked), contender, 5, "runs/x")
     assert (recipe.data.source, recipe.data.split, recipe.evaluation.reference) == ("mine", "dev", "real.npz")
