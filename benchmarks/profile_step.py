@@ -16,9 +16,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pixeldip.bench import model_to_time
-from pixeldip.bench.latency import TIME, noise_and_labels, sampling_contender
+from pixeldip.bench.steps import TIME, TrainingStep, noise_and_labels, sampling_contender
 from pixeldip.bench.timing import Ceilings, Step, seconds_of
-from pixeldip.bench.training import TrainingStep
 from pixeldip.processes import Processes, choose_device, choose_precision
 from pixeldip.provenance import environment
 from pixeldip.replay import ReplayedNetwork

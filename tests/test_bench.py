@@ -13,10 +13,9 @@ from torch._dynamo.testing import CompileCounter
 from pixeldip import DiPPipeline, UserError, bench
 from pixeldip.bench import as_compiled_as_told, timing
 from pixeldip.bench.contenders import Contender, compare_alone
-from pixeldip.bench.latency import noise_and_labels, sampling_contender
 from pixeldip.bench.release import ReleaseDiP, release_step
+from pixeldip.bench.steps import TrainingStep, noise_and_labels, sampling_contender
 from pixeldip.bench.timing import Times, count_flops, ratio, take_turns
-from pixeldip.bench.training import TrainingStep
 from pixeldip.cli import main
 from pixeldip.flow import guided_velocity
 from pixeldip.model import DiP

@@ -13,7 +13,7 @@ from torch import nn
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.bench.contenders import Contender, Int8Part
-from pixeldip.bench.latency import replayed, sampling_contender
+from pixeldip.bench.steps import replayed, sampling_contender
 from pixeldip.bench.timing import Ceilings
 from pixeldip.cli import main
 from pixeldip.images import psnr

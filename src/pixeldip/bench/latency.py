@@ -7,20 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flow import guided_velocity
-from ..model import DiP, Int8Linear
+from ..model import DiP
 from ..processes import autocast, computes_in_int8
-from ..replay import ReplayedNetwork, SolutionNetwork, recordable
-from .contenders import Contender, Int8Part, compare
+from ..replay import recordable
+from .contenders import Contender, compare
 from .heads import other_heads
 from .latent import STEPS as LATENT_STEPS
 from .latent import LatentModel
 from .release import ReleaseDiP, has_releases_form, release_step
+from .steps import DT, GUIDANCE, STEPS, TIME, noise_and_labels, replayed, sampling_contender
 from .timing import Step
 
-GUIDANCE, TIME, DT = 4.0, 0.5, 0.01
 DIT, VAE = "DiT-XL/2 in latents, bf16", "its VAE, one decoding"
-STEPS = 100  # of Euler's method, as in Table 1
 
 
 def bench_latency(
@@ -62,49 +60,6 @@ def bench_latency(
     timings = compare(contenders, rounds, device)
     images = _whole_images(timings.rows)
     return {**timings.record(), "images": images, "ratios": timings.ratios(), "errors": errors}
-
-
-def noise_and_labels(model: DiP, size: tuple[int, int], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What a benchmark's step is given: x (B, C, H, W) and y (B,)."""
-    x = torch.randn(batch, model.config.in_channels, *size, device=device)
-    return x, torch.zeros(batch, dtype=torch.long, device=device)
-
-
-def replayed(network: DiP) -> SolutionNetwork:
-    """A network as the commands call it, for the `STEPS` of an image.
-
-    What is computed ahead is no part of a step, and stays in memory; the limit counts the weights that it spares.
-    """
-    return ReplayedNetwork(network).begin([TIME + DT * step for step in range(STEPS)])
-
-
-def sampling_contender(called: DiP | SolutionNetwork, x: Tensor, y: Tensor, counted: DiP | None = None) -> Contender:
-    """A guided Euler step of a network in evaluation mode, one of the `STEPS` of its images.
-
-    Args:
-        counted: the same network in plain eager code, if this one's FLOPs cannot be counted.
-    """
-    network = called.model if isinstance(called, SolutionNetwork) else called
-    velocity = guided_velocity(called, y, network.config.num_classes, GUIDANCE)
-
-    @torch.no_grad()
-    def step() -> Tensor:
-        return x + DT * velocity(x, TIME, TIME)
-
-    def plain(images: int) -> Step:
-        return sampling_contender(counted, x[:1].expand(images, -1, -1, -1), y[:1].expand(images)).step
-
-    int8 = _int8_part(network, x)
-    parameters = network.num_parameters() + int8.weights
-    return Contender(step, len(x), len(x) / STEPS, network.dtype, parameters, plain if counted else None, int8)
-
-
-def _int8_part(network: DiP, x: Tensor) -> Int8Part:
-    """Of a guided step of images x."""
-    tokens = 2 * len(x) * x.shape[-2:].numel() // network.config.patch_size**2
-    layers = [module for module in network.modules() if isinstance(module, Int8Linear)]
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return Int8Part(2 * tokens * weights, weights)
 
 
 def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, Contender]:

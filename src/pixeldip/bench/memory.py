@@ -14,9 +14,8 @@ import torch
 from ..errors import UserError
 from ..model import DiP, network_config
 from .heads import other_heads
-from .latency import noise_and_labels, sampling_contender
+from .steps import TrainingStep, noise_and_labels, sampling_contender
 from .timing import Step, synchronise
-from .training import TrainingStep
 
 STEPS = 2  # the first leaves behind what the second one meets: kernels, the state of the optimizer
 DOINGS = ("sampling", "training", "training, checkpointing")

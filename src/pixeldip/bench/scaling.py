@@ -13,9 +13,8 @@ from ..errors import UserError
 from ..heap import keep_freed_memory
 from ..model import DiP, network_config
 from ..processes import start_processes
-from .latency import noise_and_labels
+from .steps import TrainingStep, noise_and_labels
 from .timing import Times, take_turns
-from .training import TrainingStep
 
 
 def bench_scaling(

@@ -8,8 +8,7 @@ import torch
 
 from ..model import DiP
 from .contenders import Contender, compare
-from .latency import noise_and_labels, replayed, sampling_contender
-from .training import TrainingStep, counted_apart
+from .steps import TrainingStep, counted_apart, noise_and_labels, replayed, sampling_contender
 
 
 def bench_throughput(

@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from ..flow import interpolate
 from ..model import DiP
 from ..processes import autocast
-from ..training.ema import EMA
-from ..training.loss import training_loss
 from .contenders import Contender, compare, compare_alone
 from .heads import other_heads
-from .latency import noise_and_labels
 from .release import ReleaseDiP, has_releases_form
+from .steps import EMA_DECAY, LR, TrainingStep, counted_apart, noise_and_labels
 from .timing import Step
-
-LR, EMA_DECAY = 1e-4, 0.9999
 
 
 def bench_training(
@@ -63,45 +59,6 @@ def bench_training(
         result["steps"][name] = pair.rows[name]
         result["ratios"] |= pair.ratios()
     return result
-
-
-class TrainingStep:
-    """A model's optimizer and average, and a step of them: step(x, y).
-
-    Args:
-        parallel: what is called in the model's place, for instance its DistributedDataParallel.
-    """
-
-    def __init__(self, model: DiP, precision: torch.dtype, parallel: nn.Module | None = None):
-        self.model, self.precision, self.parallel = model.train(), precision, parallel or model
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=model.device.type in ("cpu", "cuda"))
-        self.ema, self.steps = EMA(model, EMA_DECAY), 0
-
-    def __call__(self, x: Tensor, y: Tensor) -> None:
-        noise, t = torch.randn_like(x), torch.rand(len(x), device=x.device)
-        with autocast(x.device, self.precision):
-            losses = training_loss(self.parallel, self.model.objective, None, x, y, noise, t)
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update(self.model, self.steps)
-        self.steps += 1
-
-    def contender(self, x: Tensor, y: Tensor, counted: DiP | None = None) -> Contender:
-        """Args: counted: the same model in plain eager code, if this one's FLOPs cannot be counted."""
-
-        def plain(images: int) -> Step:
-            eager = TrainingStep(copy.deepcopy(counted).to(x.device), self.precision)
-            return functools.partial(eager, x[:images], y[:images])
-
-        step = functools.partial(self, x, y)
-        return Contender(step, len(x), len(x), self.precision, self.model.num_parameters(), plain if counted else None)
-
-
-def counted_apart(compiles: bool, device: torch.device) -> bool:
-    """What counts FLOPs does not see into compiled code, and takes more memory than a step that fills a GPU."""
-    return compiles or device.type == "cuda"
 
 
 def _contenders(
