@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pixeldip.bench import model_to_time
+from pixeldip.bench.commands import model_to_time
 from pixeldip.bench.steps import TIME, TrainingStep, noise_and_labels, sampling_contender
 from pixeldip.bench.timing import Ceilings, Step, seconds_of
 from pixeldip.processes import Processes, choose_device, choose_precision

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 
-from pixeldip import DiPPipeline, UserError, bench
-from pixeldip.bench import as_compiled_as_told, timing
+from pixeldip import DiPPipeline, UserError
+from pixeldip.bench import commands, timing
+from pixeldip.bench.commands import as_compiled_as_told
 from pixeldip.bench.contenders import Contender, compare_alone
 from pixeldip.bench.release import ReleaseDiP, release_step
 from pixeldip.bench.steps import TrainingStep, noise_and_labels, sampling_contender
@@ -51,7 +52,7 @@ def test_every_shape_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         for size in range(2, 22):
             double(torch.zeros(size))
         assert counter.frame_count == 20
-    monkeypatch.setattr(bench, "MOST_COMPILED", 20)
+    monkeypatch.setattr(commands, "MOST_COMPILED", 20)
     with as_compiled_as_told(), pytest.raises(FailOnRecompileLimitHit):
         double(torch.zeros(22))
 

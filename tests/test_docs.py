@@ -12,7 +12,8 @@ import yaml
 from rich.console import Console
 
 from pixeldip import DiP
-from pixeldip.bench import FOREIGN, timing
+from pixeldip.bench import timing
+from pixeldip.bench.commands import FOREIGN
 from pixeldip.cli import COMMANDS, main
 from pixeldip.model import HEADS, PLACEMENTS
 from pixeldip.recipe import parse_recipe

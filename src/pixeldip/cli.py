@@ -156,7 +156,7 @@ def train(arguments: list[str]) -> int:
     recipe = parse_recipe(recipe_values(parsed.recipe), where="flags")
     if parsed.plan:
         check_values(parsed.plan_options, lambda name: f"--plan.{name}")
-        from .plan import plan_command
+        from .plan.commands import plan_command
 
         plan_command(recipe, parsed.plan_options)
         return 0
@@ -228,7 +228,7 @@ def export(arguments: list[str]) -> None:
 def bench(arguments: list[str]) -> None:
     """Measure speed and memory: against the release's way, other heads, and the device's limit."""
     parsed = _checked(BenchArguments, "pixeldip bench", arguments)
-    from .bench import bench_command
+    from .bench.commands import bench_command
 
     bench_command(parsed)
 
@@ -236,7 +236,7 @@ def bench(arguments: list[str]) -> None:
 def app(arguments: list[str]) -> None:
     """Open a page to play with models and to follow training."""
     parsed = _checked(AppArguments, "pixeldip app", arguments)
-    from .app import app_command
+    from .app.commands import app_command
 
     app_command(parsed)
 

@@ -1,24 +1,5 @@
 """A training on paper: parameters, memory, FLOPs, time, cost and disk, before anything is started."""
 
-import json
-
-from ..recipe import Recipe
-from ..settings import PlanOptions
-from ..terminal import PlainConsole
 from .figures import Plan, Row, plan
-from .report import record, show
 
-__all__ = ["Plan", "Row", "plan", "plan_command"]
-
-
-def plan_command(recipe: Recipe, options: PlanOptions) -> None:
-    """What `pixeldip train --plan` does: a table, and one line of JSON.
-
-    Raises:
-        UserError: if the recipe cannot be trained, or the device is not known.
-    """
-    console = PlainConsole()
-    with console.status("counting"):
-        planned = plan(recipe, options)
-    show(planned, console)
-    print(json.dumps(record(planned)))
+__all__ = ["Plan", "Row", "plan"]
