@@ -1,17 +1,12 @@
-"""Where images come from, all as map-style Hugging Face datasets."""
+"""Undecoded images and their classes, as rows of a map-style Hugging Face dataset."""
 
 import errno
 import glob
 import hashlib
-import os
-import re
 import shlex
 import traceback
-from collections import Counter
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +16,14 @@ from pyarrow import ArrowException, parquet
 
 from ..errors import UserError
 from ..recipe import DataSection
-from ..run_folder import may_be_hub_id
 from ..terminal import printable
-from .image_folder import OTHER_PICTURES, SPLITS, Pictures, image_folder, is_image, passed_over, walk
+from .builders import BUILDERS, find_builder, first_line
 from .transforms import BrokenImage, decode, upright_size
 
-BUNDLED = {"emoji": {"train": "emoji-train.parquet", "test": "emoji-test.parquet"}}
-BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 _SHARD_NAMES = ("tar_path", "file")
-"""Of the variables in which the builders of `datasets` hold the shard they are reading."""
+"""Local variables in which the builders of `datasets` hold the shard they are reading."""
 _LARGEST_FILE = 2**30
 """Bytes of an image file; 16-bit RGBA of the most pixels Pillow decodes has fewer."""
-_MOST_FOLDERS = 1_000_000
-"""Folders that link to each other can be walked in endless ways."""
 _HASHED_AT_ONCE = 10_000
 
 
@@ -41,7 +31,7 @@ _HASHED_AT_ONCE = 10_000
 class Source:
     """Undecoded images with class ids: row i is bytes, label (0 where there are no classes) and a name.
 
-    After the rows come files of a folder that have the name of an image and are none; reading one is an error.
+    After the rows come `no_files`, which are named like images and are none; reading one is an error.
     """
 
     rows: Any
@@ -50,9 +40,9 @@ class Source:
     class_names: tuple[str, ...]
     """Empty for a source without classes."""
     no_files: tuple[str, ...] = ()
-    """Links that lead nowhere, pipes, devices."""
+    """Links of a folder that lead nowhere, pipes, devices."""
     warnings: tuple[str, ...] = ()
-    """What of a folder is not used though it may be meant to be: images, classes."""
+    """Images and classes of a folder that are not used, though they may be meant to be."""
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.no_files)
@@ -93,14 +83,14 @@ class Source:
             raise BrokenImage(f"{name}: {error}") from error
 
     def size(self, index: int) -> tuple[int, int] | None:
-        """(height, width) of a row's picture, which is not decoded; None if it cannot be read."""
+        """(height, width) of a row's picture, from its header alone; None if it cannot be read."""
         try:
             return upright_size(self.read(index)[0])
         except OSError:
             return None
 
     def hashes(self) -> list[bytes]:
-        """SHA-256 of each row's file bytes; empty for those that cannot be read, which is said when they are wanted."""
+        """SHA-256 of each row's file bytes; b"" for those that cannot be read, which `read` reports."""
 
         def hash_of(index: int) -> bytes:
             try:
@@ -126,10 +116,10 @@ class Source:
 
 
 def _file_bytes(name: str) -> bytes:
-    """The bytes of a file that a stranger's table or folder names: a regular one, of a size that a picture can have.
+    """The bytes of a file that a stranger's table or folder names.
 
     Raises:
-        OSError: if it is anything else.
+        OSError: unless it is a regular file, of a size that a picture can have.
     """
     path = Path(name)
     if not path.is_file():
@@ -144,8 +134,8 @@ def open_source(section: DataSection) -> Source:
     """Finds out what `source` is and opens it.
 
     Raises:
-        UserError: if there is no such source, or it holds no images. The message begins with its name; where that
-            came from, a recipe or a flag, is for the caller to put in front.
+        UserError: if there is no such source, or it holds no images. The message begins with the source's name; the
+            caller puts in front where that came from, a recipe or a flag.
     """
     import datasets
 
@@ -153,7 +143,7 @@ def open_source(section: DataSection) -> Source:
         raise UserError("the name of the images is empty: give a folder, a file or a hub dataset")
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # errors are raised, too
     datasets.disable_progress_bars()
-    builder, arguments, pictures = _builder(section.source, section.split)
+    builder, arguments, pictures = find_builder(section.source, section.split)
     try:
         rows = datasets.load_dataset(builder, split=section.split, **arguments)
     except Exception as error:  # datasets raises many kinds
@@ -168,9 +158,9 @@ def open_source(section: DataSection) -> Source:
 
 
 def class_count(section: DataSection) -> int | None:
-    """How many classes a source has, as far as that shows without opening it; None: it does not.
+    """How many classes a source has; None if that cannot be known without loading it.
 
-    It shows in the folders of images, and in the schema of parquet files. Images that a metadata file names are opened.
+    The names of folders and the schema of a parquet file are enough. A folder with a metadata file is loaded.
 
     Raises:
         UserError: as of `open_source`.
@@ -182,7 +172,7 @@ def class_count(section: DataSection) -> int | None:
     if not section.source or "://" in section.source:
         return None
     try:
-        builder, arguments, pictures = _builder(section.source, section.split)
+        builder, arguments, pictures = find_builder(section.source, section.split)
     except UserError:
         return None
     if pictures and pictures.metadata:
@@ -194,92 +184,13 @@ def class_count(section: DataSection) -> int | None:
         try:
             schema = parquet.read_schema(glob.glob(files if isinstance(files, str) else files[0])[0])
         except (OSError, ArrowException) as error:
-            raise UserError(f"{section.source}: {_first_line(error)}") from error
+            raise UserError(f"{section.source}: {first_line(error)}") from error
         features = datasets.Features.from_arrow_schema(schema)
         column = section.label_column or _class_column(features)
         if column is None:
             return 0
         return getattr(features.get(column), "num_classes", None)
     return None
-
-
-def _builder(source: str, split: str) -> tuple[str, dict[str, Any], Pictures | None]:
-    """What `load_dataset` is asked for, and of a folder of images what it will find there."""
-    path = Path(os.path.expanduser(source))
-    if source in BUNDLED and not path.exists():
-        folder = resources.files(__package__) / "bundled"
-        return "parquet", {"data_files": {split: str(folder / name) for split, name in BUNDLED[source].items()}}, None
-    if path.is_file():
-        if path.suffix in BUILDERS:
-            return BUILDERS[path.suffix], {"data_files": {"train": glob.escape(str(path))}}, None
-        raise UserError(f"{source}: a file, but neither .parquet nor .tar; give the folder that holds the images")
-    if path.is_dir():
-        shards: dict[str, list[str]] = {suffix: [] for suffix in BUILDERS}
-        others: Counter[str] = Counter()
-        has_images = False
-        for count, (folder, names) in enumerate(walk(path)):
-            if count == _MOST_FOLDERS:
-                raise UserError(f"{source}: more than {_MOST_FOLDERS} folders, those behind links included")
-            for name in names:
-                suffix = os.path.splitext(name)[1].lower()
-                has_images |= is_image(name)
-                if suffix in OTHER_PICTURES:
-                    others[suffix] += 1
-                if suffix in shards:
-                    shards[suffix].append(os.path.join(folder, name))
-        kinds = [suffix for suffix in BUILDERS if shards[suffix]] + ["pictures"] * has_images
-        if not kinds:
-            why = f"; {passed_over(others)}" if others else ""
-            raise UserError(f"{source}: no image, .parquet or .tar files in this folder{why}")
-        if len(kinds) > 1:
-            raise UserError(f"{source}: holds {' and '.join(kinds)}; give a folder that holds one kind")
-        (kind,) = kinds
-        if kind in BUILDERS:
-            by_split = _by_split({os.path.relpath(shard, path): glob.escape(shard) for shard in shards[kind]}, split)
-            return BUILDERS[kind], {"data_files": by_split}, None
-        try:
-            return "imagefolder", *image_folder(path, split)
-        except Exception as error:  # datasets raises many kinds
-            raise UserError(f"{source}: {_first_line(error)}") from error
-    if "://" in source:
-        return *_remote(source, split), None
-    if may_be_hub_id(source):
-        return source, {}, None
-    raise UserError(f"{source}: no such folder or file, and not a hub id or one of {', '.join(BUNDLED)}")
-
-
-def _remote(source: str, split: str) -> tuple[str, dict[str, Any]]:
-    """Shards at an address that fsspec knows, for instance in an object store. They are copied into the local cache."""
-    import fsspec
-
-    try:
-        filesystem, path = fsspec.core.url_to_fs(source)
-        files = [filesystem.unstrip_protocol(file) for file in sorted(filesystem.find(path))]
-    except ImportError as error:  # names the package for this kind of store
-        raise UserError(f"{source}: {_first_line(error)}") from None
-    except Exception as error:  # each store's client raises its own kinds
-        raise UserError(f"{source}: cannot be reached ({_first_line(error)})") from error
-    base = filesystem.unstrip_protocol(path)
-    for suffix, builder in BUILDERS.items():
-        if shards := {file.removeprefix(base): file for file in files if file.lower().endswith(suffix)}:
-            return builder, {"data_files": _by_split(shards, split)}
-    raise UserError(f"{source}: no .parquet or .tar files there")
-
-
-def _by_split(shards: Mapping[str, str], split: str) -> dict[str, list[str]]:
-    """The shards of the split asked for; those of each, for `datasets` to say what there is, if it is none of them.
-
-    As on the hub, the name of a file or of its folder tells the split. A shard whose names tell none is of "train".
-
-    Args:
-        shards: what each is opened by, by its path below the source.
-    """
-    found: dict[str, list[str]] = {}
-    for path, shard in sorted(shards.items()):
-        words = reversed(re.split("[^a-z]+", path.lower()))  # a file's own before its folders'
-        named = (name for word in words for name, spellings in SPLITS.items() if word in spellings)
-        found.setdefault(next(named, "train"), []).append(shard)
-    return {split: found[split]} if split in found else found
 
 
 def _with_columns(rows: Any, section: DataSection) -> Source:
@@ -304,7 +215,7 @@ def _with_columns(rows: Any, section: DataSection) -> Source:
         try:
             rows = rows.class_encode_column(label_column)
         except Exception as error:  # datasets and Arrow raise many kinds
-            why = f"label column {label_column}: holds no classes ({_first_line(error)})"
+            why = f"label column {label_column}: holds no classes ({first_line(error)})"
             raise UserError(f"{section.source}: {why}") from error
     return Source(rows, image_column, label_column, tuple(rows.features[label_column].names))
 
@@ -325,9 +236,9 @@ def _class_column(features: Any) -> str | None:
 
 
 def _why_unread(source: str, error: Exception) -> str:
-    """What `datasets` says of a source, the shard that it was reading, which its message leaves out, and advice."""
+    """The error of `datasets` as a message, with advice and the name of the shard that it was reading."""
     cause = error.__cause__ or error
-    text = _first_line(error)
+    text = first_line(error)
     seen = (frame.f_locals.get(name) for frame, _ in traceback.walk_tb(cause.__traceback__) for name in _SHARD_NAMES)
     shard = next((name for name in seen if isinstance(name, str) and name.endswith(tuple(BUILDERS))), None)
     if "invalid literal for int()" in text:
@@ -335,8 +246,3 @@ def _why_unread(source: str, error: Exception) -> str:
     elif isinstance(cause, ArrowException | ValueError) and text.startswith(("Failed to parse", "Couldn't cast")):
         text += "; all shards must have the same columns, of the same types"
     return text if shard is None or shard.endswith(source) else f"{printable(shard, one_line=True)}: {text}"
-
-
-def _first_line(error: Exception) -> str:
-    cause = error.__cause__ or error  # of "an error occurred while generating the dataset"
-    return (str(cause) or type(cause).__name__).splitlines()[0]
