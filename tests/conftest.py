@@ -6,6 +6,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; OpenMP's thr
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
+import io
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pixeldip import DiP, DiPPipeline
-from pixeldip.recipe import Recipe, parse_recipe
+from pixeldip.data import TrainingImages, open_source
+from pixeldip.recipe import DataSection, Recipe, parse_recipe
 from pixeldip.run_folder import newest_checkpoint, step_of
 
 QUIET = Console(quiet=True)
@@ -69,6 +71,13 @@ def make_picture(seed: int, height: int = 40, width: int = 48) -> Image.Image:
     return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The picture as an image file of Pillow's format `kind`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
     """Two classes of six pictures."""
@@ -78,6 +87,12 @@ def picture_folder(tmp_path: Path) -> Path:
         for i in range(6):
             make_picture(10 * k + i).save(folder / name / f"{i}.png")
     return folder
+
+
+def folder_images(folder: Path, **section) -> TrainingImages:
+    """A folder as training reads it, at 16 x 16 pixels."""
+    settings = DataSection(source=str(folder), resolution=16, **section)
+    return TrainingImages(open_source(settings), settings, seed=0)
 
 
 def tiny_recipe(out: Path, source: Path | str, **sections: dict) -> Recipe:
