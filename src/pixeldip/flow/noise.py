@@ -7,7 +7,6 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..errors import UserError, is_out_of_memory
@@ -92,4 +91,6 @@ class SampleNoise:
         )
 
     def _normal(self) -> Tensor:
+        from diffusers.utils.torch_utils import randn_tensor  # as in `schedulers`
+
         return randn_tensor((self.count, *self.shape), self.generators, self.device, torch.float32)

@@ -1,6 +1,7 @@
 """diffusers' schedulers as solvers of our velocity.
 
-Their sigma is 1 - t, and the velocity they are given is ours turned round, noise - data.
+Their sigma is 1 - t, and the velocity they are given is ours turned round, noise - data. diffusers is imported where it
+is used: that takes seconds, which the processes that read images for a training can do without.
 """
 
 import inspect
@@ -9,12 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from torch import Tensor
 
 from ..errors import UserError
@@ -22,14 +17,16 @@ from .objectives import VelocityObjective
 from .solvers import OnStep, Velocity, reached, time_grid
 
 SIGMA_ERROR = 1e-5  # how far float32, and UniPC's way round a division by zero, move a sigma
-TAKE_FLOW_SIGMAS = DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler
 TAKE_PRECEDENCE = "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"  # over flow sigmas
 
 
 def check_flow_scheduler(scheduler: Any) -> None:
     """Raises UserError unless the diffusers scheduler follows the straight path from noise to data."""
+    from diffusers import DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler
+
+    take_flow_sigmas = DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, UniPCMultistepScheduler
     config, name = getattr(scheduler, "config", {}), type(scheduler).__name__
-    flows = isinstance(scheduler, TAKE_FLOW_SIGMAS) and not any(config.get(sigmas) for sigmas in TAKE_PRECEDENCE)
+    flows = isinstance(scheduler, take_flow_sigmas) and not any(config.get(sigmas) for sigmas in TAKE_PRECEDENCE)
     flows = flows and config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
     if not (flows or (name.startswith("FlowMatch") and not config.get("invert_sigmas"))):
         raise UserError(
@@ -41,12 +38,13 @@ def check_flow_scheduler(scheduler: Any) -> None:
 
 def is_default_scheduler(scheduler: Any) -> bool:
     """Whether it is Euler's method as diffusers makes it, and nobody has chosen otherwise."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     def settings(of: Any) -> dict[str, Any]:
         return {name: value for name, value in of.config.items() if not name.startswith("_")}
 
-    kind = FlowMatchEulerDiscreteScheduler
-    return type(scheduler) is kind and settings(scheduler) == settings(kind())
+    default = FlowMatchEulerDiscreteScheduler()
+    return type(scheduler) is type(default) and settings(scheduler) == settings(default)
 
 
 def set_times(
