@@ -175,3 +175,11 @@ def saved_model(folder: Path, size: int, sampling: dict | None = None, **changes
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `saved_model` makes, of 16 x 16 pixels."""
     return saved_model(tmp_path_factory.mktemp("model"), 16)
+
+
+@pytest.fixture
+def pipeline(model_folder: Path) -> DiPPipeline:
+    """That model, which each test may change."""
+    pipeline = DiPPipeline.from_pretrained(model_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
