@@ -72,7 +72,7 @@ class SolutionNetwork:
         return self._replayed.evaluate(x, t, y, self._modulations(t, y))
 
     def _modulations(self, t: float, y: Tensor) -> Tensor | None:
-        """(depth, G B, 6 D) at t; None where there is no room for all times', or t was not told of."""
+        """(depth, G B, 6 D) at t; None where there is no room for all times', or `begin` was not given t."""
         if t not in self._times:
             return None
         if self._ahead is None or self._ahead.y is not y:  # guidance begins or ends

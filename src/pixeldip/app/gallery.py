@@ -14,7 +14,7 @@ SHOWN = 60
 
 
 class Gallery:
-    """A folder of pictures, made anew if it is deleted.
+    """A folder of pictures, made again if it is deleted.
 
     Raises:
         UserError: if it cannot be written, also from `add`.

@@ -27,7 +27,7 @@ EFFICIENTNET_FILE = "efficientnet-lite0-57934424.pth"
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 DINOV2 = EvaluationOptions.dinov2
 VERSIONS = {"inception": 1, "efficientnet": 1, "dinov2": 1}
-"""Raised whenever the same image and weights would give other features: cached ones are then made anew."""
+"""Raised whenever the same image and weights would give other features: cached ones are then computed again."""
 CPU_BATCH = 16
 """Images through a network at once on a CPU: 1.2 to 1.4 times as fast as 64, in less memory."""
 

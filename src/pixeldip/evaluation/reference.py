@@ -118,7 +118,7 @@ def measure_reference(
 
     Args:
         keep_all: keep the features of every image, not only of a choice of `KEPT_IMAGES`.
-        start: called if there are images to measure; returns what is told the number done.
+        start: called if there are images to measure; returns a function to call with the number just done.
     """
     images = reference.images
     keep_all = keep_all or not isinstance(images, SourceImages)

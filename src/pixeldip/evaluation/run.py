@@ -39,7 +39,7 @@ class Evaluator:
         height, width: of the samples.
         processes: of the command; all of them must make the same calls.
         own_images: stand for the reference, and for the training images, where the options name none; what their
-            source warns of is told by who opened it.
+            source warns of is shown by whoever opened it.
 
     Raises:
         UserError: if a metric has no such name or cannot be had with this reference, weights are missing, or
@@ -111,7 +111,7 @@ class Evaluator:
         return reference
 
     def tell(self, warnings: Iterable[str]) -> None:
-        """Adds those that are not told yet: one folder may be two of the sets."""
+        """Adds those that are not among the warnings yet: one folder may be two of the sets."""
         self.warnings += [warning for warning in warnings if warning not in self.warnings]
 
     def _check_available(self) -> None:

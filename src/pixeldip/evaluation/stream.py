@@ -89,8 +89,8 @@ def measure(
 
     Args:
         chosen: increasing indices of the images whose features are kept; None: all.
-        advance: told the number of images done, in the main process.
-        save: given the images in order, in the main process; the others pass any function.
+        advance: called with the number of images just done, in the main process.
+        save: called with the images in order, in the main process; in the others it only says that they are wanted.
 
     Raises:
         UserError: in every process, if an image cannot be read or a feature is not finite.

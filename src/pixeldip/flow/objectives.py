@@ -1,4 +1,4 @@
-"""What a network is trained to put out, and on which path (Sec. 3.1).
+"""What a network is trained to predict, and on which path (Sec. 3.1).
 
 Every Gaussian path a x + s eps is the straight path x_t = t x + (1 - t) eps in other coordinates: divide the
 state by a + s, and t = a / (a + s). So an objective is a change of coordinates around the network, and every
@@ -16,7 +16,7 @@ VP_NOISIEST = 0.0065  # just below the t of r = 0, where the variance-preserving
 
 
 class VelocityObjective:
-    """Flow matching, Eq. 5: the network puts out the velocity x - eps. The release's, and the default."""
+    """Flow matching, Eq. 5: the network predicts the velocity x - eps. The release's, and the default."""
 
     times = "logit_normal"
     """How times are drawn in training unless a recipe says otherwise."""
@@ -39,7 +39,7 @@ class VelocityObjective:
 
 
 class ImageObjective(VelocityObjective):
-    """The network puts out the clean image; the loss is Eq. 5's, on the velocity (image - x_t) / (1 - t) that
+    """The network predicts the clean image; the loss is Eq. 5's, on the velocity (image - x_t) / (1 - t) that
     follows from it (JiT, Li & He 2025)."""
 
     def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Backbone(nn.Module):
 
         Args:
             after_block: given the number of blocks done (from 1), tokens (G B, N, D), time embedding (G B, D) and
-                condition (G B, D), puts out the tokens that go on.
+                condition (G B, D), returns the tokens for the next block.
             modulations: (depth, G B, 6 D) of these t and y, if they were computed ahead.
 
         Returns:
@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         return s, time, c
 
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """What the blocks' modulation layers put out at times t (S,) for labels y (G, B): (S, depth, G B, 6 D)."""
+        """The output of the blocks' modulation layers at times t (S,) for labels y (G, B): (S, depth, G B, 6 D)."""
         c = F.silu(self.time_embed(t)[:, None] + self.class_embed(y).flatten(0, 1))
         first, *others = self.blocks
         made = first.modulation(c)

@@ -45,9 +45,9 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         head_depth: of the unet, down/up stages, by default as many as reach 1 x 1, at most 4; of the others, blocks or
             hidden layers; None for the head's own default.
         placement: where the head stands (Fig. 5): "post", "intermediate" or "hybrid".
-        prediction: what the network puts out, a name from `pixeldip.flow.OBJECTIVES`: "velocity" (Eq. 5, the
-            release), "image", the clean image, or "noise" (Eq. 4). A model keeps it for life, and `forward`
-            returns the velocity that follows from it.
+        prediction: what the network predicts, a name from `pixeldip.flow.OBJECTIVES`: "velocity" (Eq. 5, the
+            release), "image", the clean image, or "noise" (Eq. 4). It is fixed when the model is made, and
+            `forward` returns the velocity that follows from it.
         absolute_positions: adds sinusoids of a patch's place to its embedding. The rotary positions, which are all that
             the release has, tell patches apart only by what they hold, and at t = 0 that is noise.
 
@@ -177,14 +177,14 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 listing.unlink()
 
     def forget_kernels(self) -> None:
-        """Composes the head's kernels anew at its next call, as every call of a pipeline does: weights may have changed
-        without a trace, by a fused optimizer or through their `.data`."""
+        """Composes the head's kernels again at its next call, as every call of a pipeline does: weights may have
+        changed without a trace, by a fused optimizer or through their `.data`."""
         for module in self.modules():
             if isinstance(module, UNetHead):
                 module.forget_kernels()
 
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
-        """What the blocks' modulation layers put out, for a `forward` at one of these times with these labels.
+        """The output of the blocks' modulation layers, for a `forward` at one of these times with these labels.
 
         Args:
             t: (S,) times in [0, 1].
