@@ -98,8 +98,8 @@ def _angles(rows: int, columns: int, size: int, device: torch.device | None) -> 
     """Of each patch's column (x) and of its row (y), (N, size / 4) each: places times the frequencies
     10000^(-4i / size)."""
     frequencies = ROPE_BASE ** (-4.0 * torch.arange(size // 4, device=device, dtype=torch.float32) / size)
-    x = torch.linspace(0, ROPE_EXTENT, columns, device=device).repeat(rows)
-    y = torch.linspace(0, ROPE_EXTENT, rows, device=device).repeat_interleave(columns)
+    x = torch.linspace(0, ROPE_EXTENT, columns, device=device).expand(rows, columns).flatten()
+    y = torch.linspace(0, ROPE_EXTENT, rows, device=device)[:, None].expand(rows, columns).flatten()
     return x[:, None] * frequencies, y[:, None] * frequencies
 
 
