@@ -156,7 +156,7 @@ def test_trajectory(pipeline: DiPPipeline) -> None:
 
 
 def test_half_precision_keeps_the_state_in_full(model_folder: Path) -> None:
-    half = DiPPipeline.from_pretrained(model_folder, torch_dtype=torch.bfloat16)
+    half = DiPPipeline.from_pretrained(model_folder, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     full = DiPPipeline.from_pretrained(model_folder)
     settings = {"num_inference_steps": 10, "output_type": "latent", "seeds": [0]}
@@ -170,7 +170,7 @@ def test_half_precision_keeps_the_state_in_full(model_folder: Path) -> None:
 def test_half_precision_makes_the_same_images(model_folder: Path) -> None:
     settings = {"class_labels": [0, 1, 2, 0] * 4, "seeds": range(16), "output_type": "pt"}
     full, half = (
-        DiPPipeline.from_pretrained(model_folder, torch_dtype=dtype)(**settings).images
+        DiPPipeline.from_pretrained(model_folder, dtype=dtype)(**settings).images
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert -10 * (full - half).square().mean().log10() > 40  # dB of PSNR
