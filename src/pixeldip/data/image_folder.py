@@ -180,7 +180,7 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
     if split not in by_split:
         raise UserError(
             f"no images of split {split}; names of its folders or files tell the splits "
-            f"{', '.join(by_split)}; choose one (data.split), or rename them if they are not meant to"
+            f"{', '.join(by_split)}; choose one of them, or rename them if they are not meant to"
         )
     images, metadata, others = [], [], Counter[str]()
     for file in by_split[split]:
