@@ -74,7 +74,7 @@ def load_entry(path: Path, measured: Measured, extractor: Extractor, console: Co
         file = NpzFile(path)
         arrays = {name: file.load(name) for name in {"digests", "columns", "rows", "range", *file.keys}}
     except UserError as error:
-        warn(console, f"a damaged cache entry is made anew: {error}")
+        warn(console, f"a damaged cache entry is computed again: {error}")
         return False
     for output in extractor.outputs:
         feature = extractor.name, output
