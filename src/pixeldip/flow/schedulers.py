@@ -43,8 +43,8 @@ def is_default_scheduler(scheduler: Any) -> bool:
     def settings(of: Any) -> dict[str, Any]:
         return {name: value for name, value in of.config.items() if not name.startswith("_")}
 
-    default = FlowMatchEulerDiscreteScheduler()
-    return type(scheduler) is type(default) and settings(scheduler) == settings(default)
+    kind = FlowMatchEulerDiscreteScheduler
+    return type(scheduler) is kind and settings(scheduler) == settings(kind())
 
 
 def set_times(
