@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; OpenMP's thr
 import contextlib
 import io
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,16 @@ def picture_folder(tmp_path: Path) -> Path:
         for i in range(6):
             make_picture(10 * k + i).save(folder / name / f"{i}.png")
     return folder
+
+
+def gaussian_velocity(mean: float, std: float) -> Callable[[torch.Tensor, float, float], torch.Tensor]:
+    """The exact velocity E[x - eps | x_t] for data N(mean, std^2), along which x_t = t mean + s_t z for a fixed z."""
+
+    def velocity(x: torch.Tensor, t: float, _: float) -> torch.Tensor:
+        variance = (t * std) ** 2 + (1 - t) ** 2
+        return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
+
+    return velocity
 
 
 def folder_images(folder: Path, **section) -> TrainingImages:

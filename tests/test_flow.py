@@ -29,20 +29,15 @@ from pixeldip.flow import (
 from pixeldip.flow.objectives import VP_NOISIEST
 from pixeldip.flow.solvers import reached
 
-from .conftest import TINY_MODEL, opened_up
+from .conftest import TINY_MODEL, gaussian_velocity, opened_up
 
 MEAN, STD = 0.7, 0.4
-
-
-def gaussian_velocity(x: Tensor, t: float, _: float) -> Tensor:
-    """The exact velocity when the data are N(MEAN, STD^2): x_t = t MEAN + s_t z for a fixed z."""
-    variance = (t * STD) ** 2 + (1 - t) ** 2
-    return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
+VELOCITY = gaussian_velocity(MEAN, STD)
 
 
 def error(solver: str, steps: int, shift: float = 1.0) -> float:
     z = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    return (SOLVERS[solver](gaussian_velocity, z, time_grid(steps, shift)) - (MEAN + STD * z)).abs().max().item()
+    return (SOLVERS[solver](VELOCITY, z, time_grid(steps, shift)) - (MEAN + STD * z)).abs().max().item()
 
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("ab2", 2)])
@@ -181,7 +176,7 @@ def test_ancestral_samples_have_the_datas_distribution(name: str) -> None:
     times = time_grid(200, objective=OBJECTIVES[name])
     start = start_state(torch.randn(20_000, 1, generator=random, dtype=torch.float64), times)
     fresh = lambda i: torch.randn(start.shape, generator=random, dtype=torch.float64)  # noqa: E731
-    x = SOLVERS["ancestral"](lambda x, t, s: gaussian_velocity(x, t, s), start, times, noise=fresh)
+    x = SOLVERS["ancestral"](VELOCITY, start, times, noise=fresh)
     assert abs(x.mean() - MEAN) < 0.02 and abs(x.std() - STD) < 0.02
 
 

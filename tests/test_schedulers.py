@@ -17,7 +17,7 @@ from diffusers import (
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import OBJECTIVES, follow_scheduler, set_times, time_grid
 
-from .conftest import TINY_MODEL, opened_up
+from .conftest import TINY_MODEL, gaussian_velocity, opened_up
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SCHEDULERS = {
@@ -40,19 +40,13 @@ def test_the_default_scheduler_is_the_native_euler(prediction: str, shift: float
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5 * ours.abs().max().item())
 
 
-def towards_a_gaussian(x: torch.Tensor, t: float, _: float) -> torch.Tensor:
-    """The exact velocity for data N(0.5, 0.3^2): E[x - eps | x_t]."""
-    variance = 0.09 * t**2 + (1 - t) ** 2
-    return 0.5 + (0.09 * t - (1 - t)) / variance * (x - 0.5 * t)
-
-
 @pytest.mark.parametrize(("name", "steps", "bound"), [("euler", 64, 2e-2), ("heun", 64, 3e-3), ("unipc", 64, 3e-3)])
 def test_schedulers_solve_the_flow(name: str, steps: int, bound: float) -> None:
     noise = torch.linspace(-2, 2, 9, dtype=torch.float32).view(1, 1, 1, 9)
     scheduler = SCHEDULERS[name]
     times = set_times(scheduler, steps, 1.0, OBJECTIVES["velocity"], CPU)
     assert times[0] == pytest.approx(0, abs=2e-3) and times[-1] == 1
-    x = follow_scheduler(scheduler, towards_a_gaussian, noise, times)
+    x = follow_scheduler(scheduler, gaussian_velocity(0.5, 0.3), noise, times)
     torch.testing.assert_close(x, 0.5 + 0.3 * noise, rtol=0, atol=bound)
 
 
