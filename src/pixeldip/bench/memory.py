@@ -5,7 +5,7 @@ import ctypes
 import functools
 import gc
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .heads import other_heads
 from .steps import TrainingStep, noise_and_labels, sampling_contender
 from .timing import Step, synchronise
 
-STEPS = 2  # the first leaves behind what the second one meets: kernels, the state of the optimizer
+STEPS = 2  # the second one meets the state of the optimizer that the first has left
 DOINGS = ("sampling", "training", "training, checkpointing")
 
 
@@ -59,15 +59,14 @@ def bench_memory(
     if device.type == "mps" or (device.type == "cpu" and sys.platform != "linux"):
         raise UserError(f"bench memory: the peak can be read on cuda, and on Linux for cpu, not here on {device.type}")
     config = network_config(model.config)
-    for doing in DOINGS:  # libraries take what they keep before anything is measured
-        _peak_if_it_fits(config, size, min(batches), doing, device, precision)
     asked = {doing: (config, doing) for doing in DOINGS}
     if heads:
         asked |= {f"{doing}, {name}": (of, doing) for name, of in other_heads(model).items() for doing in DOINGS}
-    peaks = {
-        name: {batch: _peak_if_it_fits(of, size, batch, doing, device, precision) for batch in batches}
-        for name, (of, doing) in asked.items()
-    }
+
+    def peak(of: Mapping[str, Any], batch: int, doing: str) -> float | None:
+        return _peak_if_it_fits(functools.partial(_take_steps, of, size, batch, doing, device, precision), device)
+
+    peaks = {name: {batch: peak(of, batch, doing) for batch in batches} for name, (of, doing) in asked.items()}
     fitting = {name: {batch: peak for batch, peak in of.items() if peak is not None} for name, of in peaks.items()}
     if not all(fitting[doing] for doing in DOINGS):
         raise UserError(f"{min(batches)}: the device's memory does not hold a step; give smaller --batches")
@@ -81,27 +80,32 @@ def bench_memory(
     }
 
 
-def _peak_if_it_fits(*arguments: Any) -> float | None:
-    """As `_peak`, in MiB; None where the device's memory does not hold it."""
+def _peak_if_it_fits(take_steps: Callable[[int], None], device: torch.device) -> float | None:
+    """In MiB; None where the device's memory does not hold the steps."""
     try:
-        return _peak(*arguments)
+        take_steps(1)  # what libraries keep for every shape they have met is there before anything is measured
+        before = _held_now(device)
+        take_steps(STEPS)
     except torch.OutOfMemoryError:
         return None
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    return (peak - before) / 2**20
 
 
-def _peak(
+def _take_steps(
     config: Mapping[str, Any],
     size: tuple[int, int],
     batch: int,
     doing: str,
     device: torch.device,
     precision: torch.dtype,
-) -> float:
-    before = _start_anew(device)
+    steps: int,
+) -> None:
+    """Builds the model first."""
     model = DiP(**config)
     if doing == "sampling":
         model = model.eval().requires_grad_(False).type(torch.bfloat16)
-        _start_anew(device)  # building it took float32
+        _held_now(device)  # building it took float32
     model.to(device)
     x, y = noise_and_labels(model, size, batch, device)
     step: Step
@@ -111,16 +115,13 @@ def _peak(
         if doing.endswith("checkpointing"):
             model.enable_gradient_checkpointing()
         step = functools.partial(TrainingStep(model, precision), x, y)
-    for _ in range(STEPS):
+    for _ in range(steps):
         step()
     synchronise(device)
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    return (_resident("VmHWM") - before) / 2**20
 
 
-def _start_anew(device: torch.device) -> int:
-    """Sets the peak back to what is held now, in bytes, and returns that."""
+def _held_now(device: torch.device) -> int:
+    """Bytes held now, where the peak starts again."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
