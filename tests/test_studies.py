@@ -16,7 +16,7 @@ from pixeldip import DiP
 from pixeldip.arguments import StudyArguments
 from pixeldip.cli import main
 from pixeldip.images import from_uint8, psnr
-from pixeldip.recipe import load_recipe
+from pixeldip.recipe import load_recipe, save_recipe
 from pixeldip.studies import STUDIES
 from pixeldip.studies.comparison import base_recipe, chosen_contenders
 from pixeldip.studies.comparison_report import Measure, difference, paper_table, student_t
@@ -96,6 +96,27 @@ def test_what_is_asked_for_reaches_every_training() -> None:
     assert (recipe.data.source, recipe.data.split, recipe.evaluation.reference) == ("mine", "dev", "real.npz")
     assert (recipe.training.steps, recipe.training.device, recipe.training.seed) == (7, "cpu", 5)
     assert (recipe.evaluation.images, recipe.out, recipe.model.head) == (9, "runs/x", "linear")
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    """Is what all contenders train, data included; what a study compares is not in it."""
+    mine = load_recipe("study-laptop")
+    mine.model = dataclasses.replace(mine.model, hidden_size=96, head_width=7, head_depth=2, placement="hybrid")
+    mine.data = dataclasses.replace(mine.data, source="mine", split="all")
+    save_recipe(mine, tmp_path / "mine.yaml")
+    asked = StudyArguments("heads", recipe=str(tmp_path / "mine.yaml"))
+    base = base_recipe(COMPARISONS["heads"], asked)
+    assert (base.data.source, base.data.split) == ("mine", "all")
+    sizes = {c.name: contender_recipe(base, c, 0, "x").model for c in COMPARISONS["heads"].contenders("laptop")}
+    assert {model.hidden_size for model in sizes.values()} == {96}
+    assert {model.placement for model in sizes.values()} == {None}
+    widths = {name: (model.head_width, model.head_depth) for name, model in sizes.items()}
+    others = {"coordinate-mlp": (32, None), "attention": (32, 2), "dit": (None, None), "mlp": (None, None)}
+    assert widths == {"unet": (7, 2), **others}
+    # a study's own resolution is of the scale's recipe
+    asked = dataclasses.replace(asked, name="patch-size", scale="paper")
+    assert base_recipe(COMPARISONS["patch-size"], asked).data.resolution == 32
+    assert base_recipe(COMPARISONS["patch-size"], dataclasses.replace(asked, recipe="")).data.resolution == 512
 
 
 @pytest.mark.parametrize(("name", "counts"), [("scaling", [629, 772, 776, 1116, 632]), ("placement", [629, 632, 0, 0])])
@@ -311,6 +332,9 @@ def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
             "at least two classes",
         ),
         (["heads", "--resolution", "64"], "--resolution means nothing to the heads study"),
+        (["heads", "--recipe", "mine"], "'mine' is neither a .yaml file nor one of the recipes"),
+        (["heads", "--recipe", "{tuning}"], "tuning.yaml: contenders start from the beginning; leave model.pretrained"),
+        (["overfit", "--recipe", "x"], "--recipe means nothing to the overfit study"),
         (["overfit", "--held-out", "x"], "--held-out means nothing to the overfit study"),
         (["features", "--images", "9"], "--images means nothing to the features study"),
         (["overfit", "--image", "no.jpg"], "--image no.jpg: No such file"),
@@ -327,7 +351,9 @@ def test_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "tuning.yaml").write_text("model: {pretrained: models/mine}")
     places = {"pictures": picture_folder, "plain": picture_folder / "ant", "broken": tmp_path / "broken.jpg"}
+    places["tuning"] = tmp_path / "tuning.yaml"
     assert study(*(a.format(**places) for a in arguments), "--out", tmp_path / "study") == 2
     error = capsys.readouterr().err
     assert message.format(**places) in error and "Traceback" not in error

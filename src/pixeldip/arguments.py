@@ -119,11 +119,15 @@ class StudyArguments:
     """heads, scaling, placement, head-config, patch-size, prediction (comparisons), overfit or features."""
     scale: Literal["laptop", "gpu", "paper"] = "laptop"
     """laptop: an hour at most on 2 cores; gpu: 25 minutes of one large GPU; paper: the full recipe, for a cluster."""
+    recipe: str = ""
+    """What all contenders train, a recipe's name or .yaml file; by default study-SCALE. What they change in it stays
+    the scale's."""
     out: Path | None = None
     """Folder of the runs and the report; None: runs/study-NAME-SCALE."""
     data: str = ""
-    """Training images, as for train; by default the bundled emoji, of which there are only 40."""
-    split: str = "train"
+    """Training images, as for train; by default the recipe's: the bundled emoji, of which there are only 40."""
+    split: str = ""
+    """Of the training images; by default the recipe's: train."""
     held_out: str = ""
     """Images that are not trained on; by default another split of the training images' source."""
     held_out_split: str = "test"

@@ -18,7 +18,7 @@ from .study import Study
 
 STUDIES: dict[str, Study] = {**COMPARISONS, OVERFIT.name: OVERFIT, FEATURES.name: FEATURES}
 
-COMPARED = ("data", "split", "held_out", "held_out_split", "reference", "contenders", "seeds", "images")
+COMPARED = ("recipe", "data", "split", "held_out", "held_out_split", "reference", "contenders", "seeds", "images")
 """Flags of the studies that compare on a set of images; overfit has none."""
 OVERFITTED = ("image", "resolution")
 """Flags of overfit alone."""

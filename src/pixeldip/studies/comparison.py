@@ -126,10 +126,17 @@ def chosen_contenders(study: Study, arguments: StudyArguments) -> tuple[Contende
 
 
 def base_recipe(study: Study, arguments: StudyArguments) -> Recipe:
-    """The scale's recipe with the study's and the user's changes."""
-    recipe = load_recipe(f"study-{arguments.scale}")
-    changes = {**study.data.get(arguments.scale, {}), "split": arguments.split}
-    recipe = changed(recipe, "data", {**changes, **({"source": arguments.data} if arguments.data else {})})
+    """The scale's recipe with the study's changes, or the user's recipe; with what the user's flags change in it.
+
+    Raises:
+        UserError: if the recipe is none, or fine-tunes.
+    """
+    recipe = load_recipe(arguments.recipe or f"study-{arguments.scale}")
+    if recipe.model.pretrained:
+        raise UserError(f"{arguments.recipe}: contenders start from the beginning; leave model.pretrained out")
+    data = {} if arguments.recipe else dict(study.data.get(arguments.scale, {}))
+    asked = {"source": arguments.data, "split": arguments.split}
+    recipe = changed(recipe, "data", data | {key: value for key, value in asked.items() if value})
     if arguments.reference:
         recipe = changed(recipe, "evaluation", {"reference": arguments.reference})
     if arguments.images:
@@ -141,7 +148,7 @@ def base_recipe(study: Study, arguments: StudyArguments) -> Recipe:
 def open_images(recipe: Recipe, arguments: StudyArguments) -> tuple[Source, Source]:
     """The training images, and those no contender trains on, of the same classes."""
     if not recipe.data.source:
-        raise UserError(f"--data is missing: name the training images; the {arguments.scale} scale has none of its own")
+        raise UserError("--data is missing: name the training images; the recipe has none of its own")
     try:
         training = open_source(recipe.data)
     except UserError as error:

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from ..evaluation.registry import METRICS
 from ..images import display_scale, enlarged
+from ..model import DiP
+from ..model.heads.unet import DEFAULT_WIDTH
+from ..recipe import parse_recipe
 from ..report import ACCENT, data_uri, light_frame, machine, to_svg, write_pages
 from ..terminal import clock
+from ..training.preparation import model_config
 from .folder import COSTS, RESULT, SAMPLES, SETTINGS, read_json, read_picture
 from .study import Contender, Study
 
@@ -188,11 +193,22 @@ def facts(settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[s
     return {
         "Data": f"{recipe['data']['source']}, split {recipe['data']['split']}, at {size}; held out: "
         f"{held_out['source']}, split {held_out['split']}",
+        "Network": _network(settings),
         "Training": f"{training['steps']} steps of {training['batch_size']} images, the same for all; "
         f"learning rate {recipe['optimizer']['lr']:g}, {recipe['optimizer']['schedule']}; "
         f"{clock(sum(images / result['images_per_second'] for result in results))} in all",
         "Machine": machine(environment),
     }
+
+
+def _network(settings: dict[str, Any]) -> str:
+    """What contenders change, in their recipe's sizes."""
+    with torch.device("meta"):
+        model = DiP(**model_config(parse_recipe(settings["recipe"], SETTINGS).model, num_classes=1)).config
+    return (
+        f"{model.depth} blocks, {model.hidden_size} wide, on {model.patch_size}×{model.patch_size} patches, a U-Net of "
+        f"{model.head_width or DEFAULT_WIDTH} channels; contenders change what their names say"
+    )
 
 
 def _facts(settings: dict[str, Any], rows: Sequence[Row]) -> dict[str, str]:

@@ -5,17 +5,20 @@ from typing import Any
 
 from .study import Contender, Scale, Study
 
-# A laptop's heads are as small as its backbone; elsewhere heads have their usual sizes
+# A laptop's heads are as small as its backbone; elsewhere heads have their usual sizes. The U-Net's is the recipe's
 LAPTOP_HEADS: dict[str, dict[str, int]] = {
-    "unet": {"head_width": 24},
     "coordinate_mlp": {"head_width": 32},
     "attention": {"head_width": 32, "head_depth": 2},
 }
 
 
 def head(name: str, scale: Scale, **model: Any) -> dict[str, Any]:
-    """Keys of the model section for a head of the scale's size."""
-    return {"head": name, **(LAPTOP_HEADS.get(name, {}) if scale == "laptop" else {}), **model}
+    """Keys of the model section for a head after the last block, or as `model` says: the U-Net of the recipe's size,
+    any other of the scale's."""
+    size: dict[str, Any] = {} if name == "unet" else {"head_width": None, "head_depth": None}
+    if scale == "laptop":
+        size |= LAPTOP_HEADS.get(name, {})
+    return {"head": name, "placement": None, **size, **model}
 
 
 def table_2(
