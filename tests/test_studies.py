@@ -23,7 +23,7 @@ from pixeldip.studies.comparison_report import Measure, difference, paper_table,
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
 from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
-from pixeldip.studies.study import contender_recipe
+from pixeldip.studies.study import changed, contender_recipe
 from pixeldip.training.preparation import check_recipe, model_config
 
 from .conftest import TINY_MODEL, make_picture, opened_up
@@ -85,6 +85,12 @@ def test_every_contender_is_a_network_that_fits_its_images(name: str, scale: str
             size = recipe.data.resolution
             x, t, y = torch.zeros(1, 3, size, size), torch.zeros(1), torch.zeros(1, dtype=torch.long)
             assert model(x, t, y).shape == x.shape
+
+
+def test_the_wide_head_is_all_that_its_recipe_changes() -> None:
+    wide, usual = load_recipe("study-laptop-wide-head"), load_recipe("study-laptop")
+    assert wide.model.head_width == 2 * usual.model.head_width
+    assert changed(wide, "model", {"head_width": usual.model.head_width}) == usual
 
 
 def test_what_is_asked_for_reaches_every_training() -> None:
