@@ -33,8 +33,6 @@ OTHER_PICTURES = {
 }
 """Of files that may be pictures, and that `imagefolder` passes over."""
 
-WITHOUT_CLASSES = ", or say that none is wanted: --data.label-column none"
-
 
 def walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
     """A folder and those in it, links to folders included, each with the names of its files.
@@ -130,7 +128,7 @@ class Pictures:
             names = self._short([most[0], *(file for files in rest for file in files)])
             yield (
                 f"no classes, since not all images lie as deep as {names[0]}: {some(names[1:])}; move them for a class "
-                f"of each folder{WITHOUT_CLASSES}"
+                "of each folder, unless none is wanted"
             )
         if self.others:
             yield passed_over(self.others)

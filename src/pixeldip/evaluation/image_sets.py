@@ -3,14 +3,16 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ..data import BrokenImage, Source, centre_crop, open_source
-from ..data.image_folder import WITHOUT_CLASSES
+from ..data import BrokenImage, NpzFile, Source, centre_crop, open_source
 from ..errors import UserError
+from ..processes import Processes
 from ..recipe import DataSection
+from ..settings import EvaluationOptions
 
 
 class ImageSet(Protocol):
@@ -106,8 +108,8 @@ class SourceImages:
 
     @property
     def warnings(self) -> list[str]:
-        """What the source tells, without the words of a recipe."""
-        return [f"{self.name}: {text.removesuffix(WITHOUT_CLASSES)}" for text in self.source.warnings]
+        """What the source tells, by the name of the set."""
+        return [f"{self.name}: {text}" for text in self.source.warnings]
 
     @cached_property
     def content_hash(self) -> str:
@@ -130,3 +132,19 @@ def open_images(
     """
     source = open_source(DataSection(source=name, split=split, label_column=label_column))
     return SourceImages(source, name, size, allow_enlarging, skip_broken)
+
+
+def open_samples(name: str, options: EvaluationOptions, processes: Processes) -> tuple[ImageSet, list[str]]:
+    """The images of a folder or `.npz`, and what of them is not used: files, labels."""
+    if Path(name).suffix != ".npz":
+        images = open_images(name)
+        return images, images.warnings
+    file = NpzFile(name)
+    images, told = file.images(), []
+    if options.verify:
+        processes.on_main(file.verify)
+    try:
+        images.labels = file.labels(len(images))
+    except UserError as error:
+        told.append(f"labels left out: {error}")
+    return images, told

@@ -21,7 +21,7 @@ from ..sampling import ImageWriter
 from ..settings import EvaluationOptions
 from ..terminal import Advance, PlainConsole, image_progress, printable, say
 from .extractors import Extractor, load_together
-from .image_sets import ImageSet, SourceImages, open_images
+from .image_sets import ImageSet, SourceImages, open_samples
 from .limits import label_warnings, pixel_warnings, reference_warnings, singular_warnings
 from .record import Evaluation, describe_reference, describe_samples, made_with, peak_memory_mib, print_evaluation
 from .reference import STATISTICS, Reference, measure_reference, open_reference, reference_of
@@ -290,22 +290,6 @@ def evaluate(
     if processes.is_main:
         print_evaluation(evaluation, console)
     return evaluation
-
-
-def open_samples(name: str, options: EvaluationOptions, processes: Processes) -> tuple[ImageSet, list[str]]:
-    """The images of a folder or `.npz`, and what of them is not used: files, labels."""
-    if Path(name).suffix != ".npz":
-        images = open_images(name)
-        return images, images.warnings
-    file = NpzFile(name)
-    images, told = file.images(), []
-    if options.verify:
-        processes.on_main(file.verify)
-    try:
-        images.labels = file.labels(len(images))
-    except UserError as error:
-        told.append(f"labels left out: {error}")
-    return images, told
 
 
 def _known_metrics(names: tuple[str, ...]) -> list[str]:
