@@ -20,9 +20,9 @@ import gradio as gr
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.app import engine
+from pixeldip.app.contexts import coarse_share, compare_contexts, no_context, noise_share
 from pixeldip.app.engine import PATH_MOMENTS, watch, watched
 from pixeldip.app.gallery import Gallery
-from pixeldip.app.head import coarse_share, compare_contexts, no_context, noise_share
 from pixeldip.app.messages import told_in_page
 from pixeldip.app.models import Models
 from pixeldip.app.settings import (

@@ -86,7 +86,7 @@ def test_a_process_that_is_gone_ends_the_others(gone: int, three: list[subproces
     send([three[gone]], signal.SIGSTOP)
     for process in (process for rank, process in enumerate(three) if rank != gone):
         status, errors = ended(process)
-        assert status == 2 and f"process {gone} of 3, on " in errors and "is not heard of any more; give" in errors
+        assert status == 2 and f"process {gone} of 3, on " in errors and "has fallen silent; give" in errors
 
 
 def test_who_ends_by_an_error_is_missed(three: list[subprocess.Popen]) -> None:

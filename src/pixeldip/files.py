@@ -36,15 +36,15 @@ def check_writable(path: Path) -> None:
 
 
 def check_folder(folder: Path | str) -> None:
-    """Raises UserError if a file has the name of a folder to save to, of which diffusers' logger tells, and goes on."""
+    """Raises UserError if the folder to save to is a file, where diffusers would log an error and save nothing."""
     if Path(folder).is_file():
         raise UserError(f"{folder}: a file; name a folder to save to")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields the name to write a file under, which takes the place of `path` in one step at the end of the block: who
-    reads it, or is killed here, finds the old one or the new one. After an error nothing is left of the new one."""
+    """Yields the name of a file to write, which replaces `path` in one step at the end of the block: whoever reads
+    `path`, even after the process was killed, finds the old file or the new one. An error leaves only the old one."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -1,4 +1,4 @@
-"""Processes of a command tell each other that they live."""
+"""Processes of a command tell each other that they are alive."""
 
 import itertools
 import os
@@ -21,15 +21,15 @@ _STATUS = 2  # as of every message without a stack trace
 
 @contextmanager
 def heartbeat(store: dist.Store, rank: int, world_size: int, beat: float = BEAT) -> Iterator[None]:
-    """In here this process tells the others that it lives, and ends when it does not hear of them any more.
+    """While this is open, the process tells the others that it is alive, and ends when one of them falls silent.
 
-    A machine that loses its power or its network closes no connection, and who waits for a process on it waits for as
-    long as a collective may take: hours, since the main process evaluates while others wait. The main process hears
-    all others and passes on whom it misses; they hear the main process. Beats are counted, not seconds: a job that is
-    suspended as a whole has missed none when it goes on.
+    A machine that loses its power or its network closes no connection, and those who wait for a process on it would
+    wait for as long as a collective may take: hours, since the main process evaluates while the others wait. The main
+    process listens to all others and tells them whom it misses; they listen to the main process. Beats are counted,
+    not seconds: after a job was suspended as a whole, nobody is missed.
 
-    Who misses another process ends at once, with one sentence and status 2. When the store has been closed, by the end
-    of `torchrun`, this process sends itself SIGTERM, so that a training saves.
+    A process that misses another ends at once, with one sentence and status 2. If the store is closed, because
+    `torchrun` has ended, it sends itself SIGTERM instead, so that a training run saves.
 
     Args:
         beat: seconds between two beats.
@@ -43,8 +43,9 @@ def heartbeat(store: dist.Store, rank: int, world_size: int, beat: float = BEAT)
     finally:
         watchdog.stopped.set()
         for thread in threads:
-            thread.join(beat)  # in vain if the store never answers
-    with suppress(RuntimeError):  # closed already; after an exception the others are to miss this process
+            thread.join(beat)  # not longer, for the store may never answer
+    # not after an exception: then the others shall miss this process
+    with suppress(RuntimeError):  # closed already
         store.set(_name(rank), _LEFT)
 
 
@@ -55,14 +56,14 @@ class _Watchdog:
         self.talks = 0  # how often the store has answered
 
     def beats(self) -> None:
-        """Says a beat, and counts those that others miss."""
+        """Sends beats, and counts those that the others miss."""
         others = range(1, self.world_size) if self.rank == 0 else range(1)
         names, host = [_name(other) for other in others], socket.gethostname()
         last, missed = [b""] * len(names), [0] * len(names)
         try:
             for count in itertools.count():
                 self.store.set(_name(self.rank), f"{count} on {host}")
-                if self.store.check(names):  # or some have not begun
+                if self.store.check(names):  # else some have not begun
                     heard = self.store.multi_get(names)
                     changed = [now != before or now == _LEFT for now, before in zip(heard, last)]
                     last, missed = heard, [0 if is_new else n + 1 for is_new, n in zip(changed, missed)]
@@ -74,14 +75,14 @@ class _Watchdog:
                 self.talks += 1
                 if self.stopped.wait(self.beat):
                     return
-        except RuntimeError:  # the store has been closed, perhaps since the command is ending
+        except RuntimeError:  # the store is closed, perhaps because the command is ending
             if not self.stopped.wait(self.beat):
                 self.stopped.set()
                 self._say("torchrun has ended, or the process through which the others are found")
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def answers(self) -> None:
-        """Ends the process if a store on a machine that is gone does not answer."""
+        """Ends the process if the store's machine is gone, so that it does not answer."""
         missed, last = 0, 0
         while not self.stopped.wait(self.beat):
             missed, last = (missed + 1 if self.talks == last else 0), self.talks
@@ -89,10 +90,10 @@ class _Watchdog:
                 self._end("the machine through which the processes find each other does not answer")
 
     def _miss(self, other: int, host: str) -> None:
-        message = f"process {other} of {self.world_size}, on {host}, is not heard of any more"
+        message = f"process {other} of {self.world_size}, on {host}, has fallen silent"
         if self.rank == 0:
             self.store.set(_LOST, message)
-            self.stopped.wait(2 * self.beat)  # the others hear of it before their connections to this process break
+            self.stopped.wait(2 * self.beat)  # so that the others read it before their connections break
         self._end(message)
 
     def _end(self, message: str) -> None:

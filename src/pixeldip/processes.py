@@ -28,7 +28,7 @@ class Processes:
         return self.rank == 0
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over all processes of a tensor each of them has."""
+        """The mean over all processes of a tensor that each of them has; written into this one."""
         if self.world_size > 1:
             dist.all_reduce(value)
             value /= self.world_size
@@ -40,24 +40,24 @@ class Processes:
             return flag
         return bool(self.mean(torch.tensor(float(flag), device=self.device)).item())
 
-    def everyones(self, value: Any) -> list[Any]:
-        """What each process passes (any picklable object), in the order of ranks."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """What each process passes, a picklable object, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def collected(self, value: Any) -> list[Any]:
-        """As `everyones` in the main process; an empty list in the others, which saves the way to them."""
+    def gather(self, value: Any) -> list[Any]:
+        """As `all_gather`, but for the main process alone; the others get an empty list."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values)
         return values or []
 
-    def mains(self, value: Any) -> Any:
-        """What the main process passes."""
+    def broadcast(self, value: Any) -> Any:
+        """What the main process passes, a picklable object."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -65,11 +65,11 @@ class Processes:
         return values[0]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns in the main process, in all of them; so for a UserError it raises."""
-        return self.mains(self.together(lambda: work() if self.is_main else None))
+        """What `work`, which the main process alone calls, returns; a UserError it raises is raised in all."""
+        return self.broadcast(self.together(lambda: work() if self.is_main else None))
 
     def together(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns in this process; a UserError in one of them is raised in all."""
+        """What `work` returns in this process; a UserError that any of them raises is raised in all."""
         if self.world_size == 1:
             return work()
         value, mistake = None, None
@@ -77,7 +77,7 @@ class Processes:
             value = work()
         except UserError as error:
             mistake = str(error)
-        if mistakes := [text for text in self.everyones(mistake) if text is not None]:
+        if mistakes := [text for text in self.all_gather(mistake) if text is not None]:
             raise UserError(mistakes[0])
         return value
 
@@ -202,7 +202,7 @@ def start_processes(device_name: str) -> Iterator[Processes]:
         raise UserError("several processes cannot share an MPS device: use the cpu device, or one process")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    # the main process may hash or compute for long while the others wait; who is gone is heard sooner
+    # the others may wait for hours while the main process computes; the heartbeat notices sooner who is gone
     timeout = timedelta(hours=12)
     backend = "nccl" if device.type == "cuda" else "gloo"
     store = _fresh_store()
@@ -215,10 +215,9 @@ def start_processes(device_name: str) -> Iterator[Processes]:
 
 
 def _fresh_store() -> dist.Store:
-    """Where the processes find each other, apart from what earlier groups, and those before a restart by torchrun, left
-    in its store.
+    """A part of torchrun's store that neither earlier groups nor starts before a restart have written to.
 
-    The machines of several count their restarts apart, so there torchrun must open another store for each start.
+    Several machines count their restarts separately, so there torchrun must open another store for each start.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     one_machine = os.environ.get("GROUP_WORLD_SIZE") == "1"

@@ -1,7 +1,7 @@
-"""A network for a solver whose times are known: what can be is computed ahead, and a CUDA device replays the rest.
+"""The network for a solver whose times are known: modulations are computed ahead, and a CUDA device replays the rest.
 
-The modulation layers, a third of the weights that a step of one image reads, depend on nothing but time and class. And
-at batch 1 a GPU computes a step sooner than Python asks for its kernels; a CUDA graph is asked for once.
+The modulation layers, a third of the weights that a step of one image reads, depend on time and class alone. And at
+batch 1 a GPU finishes kernels sooner than Python can launch them; a CUDA graph of them is launched once.
 """
 
 import threading
@@ -15,7 +15,7 @@ from .model import DiP
 from .model.heads.unet import UNetHead
 
 MOST_AHEAD = 2**29
-"""Bytes of modulation kept for a solution; where it takes more, images are many, and the layers' share is small."""
+"""Bytes of modulation that a solution may keep. With so many images that it takes more, the layers' share is small."""
 MOST_RECORDED = 2**20
 """Pixels of a batch up to which graphs are recorded; above, the CPU is ahead without them (benchmarks/LOG.md)."""
 WARM_UP = 2
@@ -34,7 +34,7 @@ class ReplayedNetwork:
         self._recorder: _Recorder | None = None
 
     def begin(self, times: Sequence[float]) -> "SolutionNetwork":
-        """What a solution calls that asks for the velocity at these times, of the weights as they are now."""
+        """The network for a solution that evaluates it at these times, with the weights as they are now."""
         weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
         if weights != self._weights:
             self._recorder = None
@@ -130,18 +130,18 @@ class _Recording:
                 return model(self.x, self.t, self.y, modulations=self.modulations)
 
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles, and lets libraries take what they keep
+        with torch.cuda.stream(stream):  # compiles, and libraries set up what they keep
             for _ in range(WARM_UP):
                 evaluate()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=recorder.pool, stream=stream, capture_error_mode="thread_local"):
             self.v = evaluate()
-        # the graph reads them, and the head may let go of them
+        # the graph reads these, but the head may drop them
         self.kernels = [dict(head.kept_kernels) for head in model.modules() if isinstance(head, UNetHead)]
 
     def replay(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
-        """As a tensor of its own, for the next graph may write where this one has put it."""
+        """The velocity, copied: the next graph may write to the same memory."""
         self.x.copy_(x)
         self.t.fill_(t)
         self.y.copy_(y)

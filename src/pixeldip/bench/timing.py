@@ -47,7 +47,7 @@ def take_turns(
         for _ in range(WARM_UP):
             step()
         wanted = math.ceil(LEAST_SECONDS / seconds_of(step, 1, device)) if device.type == "cuda" else 1
-        repeats[name] = max(processes.everyones(wanted)) if processes else wanted
+        repeats[name] = max(processes.all_gather(wanted)) if processes else wanted
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():

@@ -209,7 +209,7 @@ class Batches(Iterator[Batch]):
         Raises:
             UserError: if they are too many by now.
         """
-        newly = {row: why for found in processes.everyones(self._newly_broken) for row, why in found.items()}
+        newly = {row: why for found in processes.all_gather(self._newly_broken) for row, why in found.items()}
         self._newly_broken = {}
         _report_broken({row: why for row, why in newly.items() if row not in self._broken}, console)
         self._broken |= newly

@@ -116,7 +116,7 @@ def measure(
             advance(len(part.digests))
 
     for _ in range(0, len(starts), processes.world_size):
-        parts = processes.collected(processes.together(next_part))
+        parts = processes.gather(processes.together(next_part))
         processes.together(lambda parts=parts: take(parts))
     if processes.is_main:
         sums.finish()

@@ -1,4 +1,4 @@
-"""What a recipe needs on so many devices: a function of the recipe, which opens no data and starts nothing."""
+"""What a recipe needs on a number of devices, computed from the recipe alone: no data is opened, nothing started."""
 
 import dataclasses
 import difflib
@@ -31,7 +31,7 @@ IMAGENET_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Bytes of one checkpoint, and of those on disk while a new one is written beside the `keep_last` old ones."""
+    """Bytes of one checkpoint, and of all on disk while a new one is written beside the `keep_last` old ones."""
 
     training_state: int
     pipeline: int
@@ -44,7 +44,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Row:
-    """So many devices. What cannot be said, because the batch cannot be split or the speed is not known, is None.
+    """A number of devices. None: not known, since the batch cannot be split or the device's speed is not published.
 
     images: per device and pass. state, step: bytes on each device, of what stays and of the most that a pass adds.
     flops: of an optimizer step on all devices. seconds: of an optimizer step; run_seconds: of all of them.
@@ -140,7 +140,7 @@ def _trained_config(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def _check_start(recipe: Recipe, trained: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Starts from the trained model on paper, where nothing is copied.
+    """Starts from the trained model on the meta device, where nothing is copied.
 
     Raises:
         UserError: if the run could not.
@@ -182,7 +182,7 @@ def _float32(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def checkpoint_size(recipe: Recipe, step: PaperStep) -> Checkpoint:
-    """Of the tensors that `Checkpoints` writes, for which it is all the same whether they are sharded."""
+    """Of the tensors that `Checkpoints` writes, sharded or not."""
     state = state_bytes(step, devices=1)
     training_state = state["weights"] + state["AdamW"] + (state["average"] if recipe.model.lora_rank else 0)
     whole = training_state + state["average"]

@@ -62,7 +62,7 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
                     if pixels is not None:
                         writer.add(pixels)
 
-            sampled = processes.collected(processes.together(read))
+            sampled = processes.gather(processes.together(read))
             processes.together(lambda sampled=sampled: write(sampled))
     seconds = time.perf_counter() - began
     shown = out if out.suffix == ".npz" else out / GRID
