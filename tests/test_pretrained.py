@@ -110,7 +110,7 @@ def test_resampled_layers_of_dit(trained: DiPPipeline) -> None:
     assert resample(weight, 8, 6, "written").shape == (3 * 36, 5)
 
 
-def test_another_head_starts_anew(trained: DiPPipeline) -> None:
+def test_another_head_starts_from_scratch(trained: DiPPipeline) -> None:
     _, start = started(trained, head="linear", head_width=None)
     assert {name for name in start.new} == {
         "context.modulation.weight",
