@@ -16,7 +16,7 @@ import pytest
 from pixeldip import UserError
 from pixeldip.recipe import parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import read_evaluations, read_metrics, training_rate
-from pixeldip.training import learner, train
+from pixeldip.training import learner, train, trainer
 from pixeldip.training.preparation import check_resume
 
 from .conftest import PATIENCE, QUIET, assert_same_state, newest_step, tiny_recipe
@@ -95,6 +95,28 @@ def test_a_signal_ends_the_run_with_the_step_that_it_came_in(
     assert (outcome.step, outcome.interrupted_by) == (step, by) and newest_step(tmp_path / "run") == step
     assert [entry["step"] for entry in read_evaluations(tmp_path / "run")] == ([] if by else [6])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before  # of what comes next
+
+
+def test_ctrl_c_again_some_seconds_later_does_not_wait_for_a_checkpoint(
+    tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, steps = learner.draw, iter(range(1, 7))
+
+    def signalled(*arguments: object) -> tuple:
+        if next(steps) == 4:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+        return draw(*arguments)
+
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"save_every": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "draw", signalled)
+        patch.setattr(trainer, "IMPATIENT_SECONDS", 0)
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, QUIET)
+    assert newest_step(tmp_path / "run") < 4 and signal.getsignal(signal.SIGINT) == before
+    assert train(recipe, QUIET).step == 6
 
 
 def test_a_checkpoint_half_written_is_not_there(tmp_path: Path, picture_folder: Path) -> None:
