@@ -211,6 +211,9 @@ def test_the_papers_numbers_are_of_the_papers_sizes() -> None:
     study = COMPARISONS["scaling"]
     table = paper_table(study, study.contenders("laptop")[:2])
     assert [row[:2] for row in table[1:]] == [["DiT-only", "629M"], ["DiT-only, 32 layers", "772M"]]
+    placement = COMPARISONS["placement"]
+    labels = [row[0] for row in paper_table(placement, placement.contenders("laptop"))]
+    assert labels == ["", "DiT-only", "Post-hoc refinement"]  # of the others it gives no numbers
 
 
 def test_real_images_score_otherwise_at_other_patch_sizes() -> None:

@@ -176,7 +176,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, bo
 def paper_table(study: Study, contenders: Sequence[Contender]) -> list[list[str]]:
     """What the paper measured of the contenders that were compared, under the sizes that it measured."""
     names = {c.name for c in contenders}
-    theirs = [c for c in study.contenders("paper") if c.name in names]
+    theirs = [c for c in study.contenders("paper") if c.name in names and c.paper]
     columns = list(dict.fromkeys(column for c in theirs for column in c.paper))
     if not columns:
         return []
