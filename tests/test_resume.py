@@ -75,19 +75,25 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert [e["step"] for e in read_metrics(tmp_path / "run")] == list(range(1, stopped + 3))
 
 
+def signal_in_step(step: int, numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process gets these signals in a step of the next training, which has six."""
+    draw, steps = learner.draw, iter(range(1, 7))
+
+    def signalled(*arguments: object) -> tuple:
+        if next(steps) == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return draw(*arguments)
+
+    monkeypatch.setattr(learner, "draw", signalled)
+
+
 @pytest.mark.parametrize(("step", "by"), [(2, signal.SIGTERM), (6, None)])
 def test_a_signal_ends_the_run_with_the_step_that_it_came_in(
     step: int, by: int | None, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the next log is; in the last step it leaves nothing out."""
-    draw, steps = learner.draw, iter(range(1, 7))
-
-    def signalled(*arguments: object) -> tuple:
-        if next(steps) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw(*arguments)
-
-    monkeypatch.setattr(learner, "draw", signalled)
+    signal_in_step(step, [signal.SIGTERM], monkeypatch)
     evaluation = {"every": 6, "images": 4, "steps": 1, "metrics": ["boundary"]}
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     training = {"log_every": 6, "save_every": 6}
@@ -100,17 +106,9 @@ def test_a_signal_ends_the_run_with_the_step_that_it_came_in(
 def test_ctrl_c_again_some_seconds_later_does_not_wait_for_a_checkpoint(
     tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw, steps = learner.draw, iter(range(1, 7))
-
-    def signalled(*arguments: object) -> tuple:
-        if next(steps) == 4:
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-        return draw(*arguments)
-
     recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"save_every": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(learner, "draw", signalled)
+        signal_in_step(4, [signal.SIGINT, signal.SIGINT], patch)
         patch.setattr(trainer, "IMPATIENT_SECONDS", 0)
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
