@@ -299,6 +299,9 @@ def test_models_that_cannot_be_read_or_have_no_head(browser: Browser, tmp_path: 
                 expect(page.get_by_label("number input for Steps").nth(2)).to_have_value("7")
         page.get_by_role("button", name="Measure").click()
         told(page, "models/dit is DiT-only")
+        page.get_by_role("tab", name="Training").click()
+        told(page, "No run has begun in the folders looked through")
+        assert page.locator(".gradio-container").bounding_box()["width"] == DESKTOP["width"]  # empty, it is no narrower
         page.context.close()
 
 

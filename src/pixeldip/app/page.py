@@ -23,7 +23,7 @@ THEME = gr.themes.Base(
 )
 # inside @media Gradio's own selectors reach the tabs' contents alone
 CSS = """
-.gradio-container { max-width: 1400px !important; margin: auto; }
+.gradio-container { width: 100%; max-width: 1400px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important; }
 .gradio-container .app { padding: clamp(12px, 3vw, 32px) !important; }
