@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import pandas as pd
@@ -85,70 +85,74 @@ class RunNow:
         )
 
 
+class Looked(NamedTuple):
+    """What was there at the last look, by which the next one tells whether anything is new."""
+
+    run: str
+    metrics: int
+    previews: int
+    checkpoints: tuple[str, ...]
+    evaluations: int
+
+    @classmethod
+    def at(cls, run: str, now: RunNow) -> "Looked":
+        names = tuple(path.name for path in now.checkpoints)
+        return cls(run, len(now.metrics), len(now.previews), names, len(now.evaluations))
+
+
 def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
     """Adds the tab's contents to the page."""
-    seen = gr.State(None)
+    looked = gr.State(None)
     with gr.Row():
         run = gr.Dropdown([], label="Run", info="the one written last comes first", min_width=200, scale=4)
         again = gr.Button("Look for runs", min_width=120)
     line = gr.Markdown("", elem_id="run-line")
-    with gr.Row():
-        loss = gr.LinePlot(x="step", y="loss", height=240, min_width=280, buttons=["fullscreen"], label="Loss")
-        rate = gr.LinePlot(
-            x="step",
-            y="images_per_second",
-            y_title="images/s",
-            height=240,
-            min_width=280,
-            buttons=["fullscreen"],
-            label="Images per second",
-        )
-    with gr.Row():
-        with gr.Column(scale=3, min_width=280):
-            preview = pixel_image(
-                label="Preview",
-                height=480,
-                alt_text="Samples of the averaged weights, always of the same seeds",
-            )
-            when = gr.Slider(0, 1, 0, step=1, label="Previews over time", interactive=False)
-        with gr.Column(scale=2, min_width=280):
-            table = gr.Dataframe(
-                headers=["step", "saved", "MiB"], label="Checkpoints", interactive=False, buttons=[], show_label=True
-            )
-            evaluations = gr.Dataframe(label="Evaluations", interactive=False, visible=False, buttons=[])
+    with gr.Column(visible=False) as details:
+        with gr.Row():
+            loss = _curve("loss", label="Loss")
+            rate = _curve("images_per_second", label="Images per second", y_title="images/s")
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                preview = pixel_image(
+                    label="Preview",
+                    height=480,
+                    alt_text="Samples of the averaged weights, always of the same seeds",
+                )
+                when = gr.Slider(0, 1, 0, step=1, label="Previews over time", interactive=False)
+            with gr.Column(scale=2, min_width=280):
+                table = gr.Dataframe(
+                    headers=["step", "saved", "MiB"],
+                    label="Checkpoints",
+                    interactive=False,
+                    buttons=[],
+                    show_label=True,
+                )
+                evaluations = gr.Dataframe(label="Evaluations", interactive=False, visible=False, buttons=[])
     timer = gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
-    outputs = [seen, line, loss, rate, preview, when, table, evaluations]
+    outputs = [looked, line, details, loss, rate, preview, when, table, evaluations]
 
     def find() -> Any:
         runs = models.runs()
         return gr.update(choices=runs, value=runs[0] if runs else None)
 
-    def look(name: str | None, before: tuple | None, index: float) -> list[Any]:
+    def look(name: str | None, before: Looked | None, index: float) -> list[Any]:
         if not name or name not in models.runs():
-            nothing = "No run has begun in the folders looked through: `pixeldip train` begins one."
-            return [None, nothing, *[gr.skip()] * (len(outputs) - 2)]
+            return without("No run has begun in the folders looked through: `pixeldip train` begins one.")
         try:
             now = RunNow.read(Path(name))
         except (UserError, OSError) as error:
-            return [None, f"{name} cannot be read: `{error}`", *[gr.skip()] * (len(outputs) - 2)]
-        signature = (
-            name,
-            len(now.metrics),
-            len(now.previews),
-            [path.name for path in now.checkpoints],
-            len(now.evaluations),
-        )
-        if signature == before:
+            return without(f"{name} cannot be read: `{error}`")
+        here = Looked.at(name, now)
+        if here == before:
             return [gr.skip(), now.line(), *[gr.skip()] * (len(outputs) - 2)]
-        following = (
-            before is None or before[0] != name or int(index) >= before[2] - 1
-        )  # at the newest preview, stay there
         newest = max(len(now.previews) - 1, 0)
+        following = before is None or before.run != name or int(index) >= before.previews - 1
         at = newest if following else int(index)
         measured = now.measured()
         return [
-            signature,
+            here,
             now.line(),
+            gr.update(visible=True),
             loss_plot(now.curve("loss")),
             now.curve("images_per_second"),
             show(name, at),
@@ -156,6 +160,9 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
             now.table(),
             gr.update(value=measured, visible=len(measured) > 0),
         ]
+
+    def without(why: str) -> list[Any]:
+        return [None, why, gr.update(visible=False), *[gr.skip()] * (len(outputs) - 3)]
 
     def loss_plot(curve: pd.DataFrame) -> Any:
         usual = curve["loss"].quantile(0.95) if len(curve) else 0.0  # the first steps would flatten all the others
@@ -173,6 +180,10 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
 
     page.load(find, None, run, **PLAIN)
     again.click(find, None, run, **PLAIN)
-    gr.on([run.change, timer.tick], look, [run, seen, when], outputs, **PLAIN)
+    gr.on([run.change, timer.tick], look, [run, looked, when], outputs, **PLAIN)
     when.input(show, [run, when], preview, trigger_mode="always_last", **PLAIN)
     tab.select(lambda: gr.update(active=True), None, timer, **PLAIN)
+
+
+def _curve(key: str, label: str, **titles: str) -> gr.LinePlot:
+    return gr.LinePlot(x="step", y=key, height=240, min_width=280, buttons=["fullscreen"], label=label, **titles)
