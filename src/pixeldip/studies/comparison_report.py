@@ -237,6 +237,7 @@ def _dots(rows: Sequence[Row], measures: Sequence[Measure]) -> Figure:
             spread = statistics.stdev(values) if len(values) > 1 else 0
             axes.plot(values, [place] * len(values), "o", color=ACCENT, alpha=0.35, markersize=4, markeredgewidth=0)
             axes.errorbar(statistics.fmean(values), place, xerr=spread, fmt="o", color=ACCENT, capsize=3, markersize=6)
+        axes.locator_params(axis="x", nbins=6)  # more would run into each other
         for floor in measure.floors:
             axes.axvline(measure.scale * floor, color="#888", linestyle=":", linewidth=1.2)
         axes.set_title(f"{measure.label}\n{measure.direction}", fontsize=9)
