@@ -6,6 +6,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; OpenMP's thr
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
+import dataclasses
 import io
 import resource
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from pixeldip import DiP, DiPPipeline
 from pixeldip.data import TrainingImages, open_source
-from pixeldip.recipe import DataSection, Recipe, parse_recipe
+from pixeldip.recipe import DataSection, Recipe, load_recipe, parse_recipe, save_recipe
 from pixeldip.run_folder import newest_checkpoint, step_of
 
 QUIET = Console(quiet=True)
@@ -125,6 +126,14 @@ def tiny_recipe(out: Path, source: Path | str, **sections: dict) -> Recipe:
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return parse_recipe(values)
+
+
+def tiny_study_recipe(path: Path) -> Path:
+    """What studies train on a laptop, but of a tiny network; for `--recipe`."""
+    recipe = load_recipe("study-laptop")
+    recipe.model = dataclasses.replace(recipe.model, **TINY_MODEL)
+    save_recipe(recipe, path)
+    return path
 
 
 def saved_state(checkpoint: Path) -> dict[str, torch.Tensor]:

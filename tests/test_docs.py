@@ -22,7 +22,7 @@ from pixeldip.studies import STUDIES
 from pixeldip.training import train
 
 from . import test_model, test_official
-from .conftest import make_picture, tiny_recipe
+from .conftest import make_picture, tiny_recipe, tiny_study_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -32,6 +32,7 @@ SMALLER = {
     "torchrun --nproc-per-node 8 -m pixeldip.cli": "pixeldip",  # many processes: test_scale_out, test_evaluate
     "0-49999": "0-7",
     "0-63": "0-3",
+    "0-15": "0-3",
     "--steps 100": "--steps 2",
     "--compile --heads": "--compile",
     "--scale paper": "--scale laptop --out runs/study-heads-paper",
@@ -63,7 +64,7 @@ def small_flags(arguments: list[str], inception: Path) -> list[str]:
         return ["--resolution", "64", "--steps", "2"]
     if command == "study":
         two = [contender.name for contender in STUDIES[flags[0]].contenders("laptop")][:2]
-        more = ["--contenders", *two] if len(two) == 2 else []
+        more = ["--recipe", "study-tiny.yaml", *(["--contenders", *two] if len(two) == 2 else [])]
         more += ["--held-out-split", "train"] if "--held-out" in flags else []
         more += ["--images", "4"] if flags[0] != "features" else []
         return ["--steps", "2", "--seeds", "1", *more]
@@ -78,7 +79,7 @@ def small_flags(arguments: list[str], inception: Path) -> list[str]:
         least = {"rounds": 3, "batch": 1, "batches": 1, "processes": 1}
         small = [f"--{name}={value}" for name, value in least.items() if name not in FOREIGN[flags[0]]]
         return ["--model", "MODEL", *small]
-    return ["--steps", "2"] if command == "demo" else []
+    return ["--steps", "2"] if command in ("demo", "sample") else []
 
 
 def parts(page: Path) -> list[tuple[str, str]]:
@@ -197,6 +198,7 @@ def users_folder(seeded_weights: Path, tmp_path_factory: pytest.TempPathFactory)
     shutil.copytree(folder / "runs" / "demo", folder / "runs" / "my-images")
     for name in ("MODEL", "my-model"):
         shutil.copytree(next((folder / "runs" / "demo" / "checkpoints").iterdir()) / "pipeline", folder / name)
+    tiny_study_recipe(folder / "study-tiny.yaml")
     release = {f"ema_denoiser.{name}": value for name, value in test_official.tensors().items()}
     torch.save({"state_dict": release}, folder / "DiP-XL-16.ckpt")
     with pytest.MonkeyPatch.context() as patch:

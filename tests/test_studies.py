@@ -26,7 +26,7 @@ from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
 from pixeldip.studies.study import changed, contender_recipe
 from pixeldip.training.preparation import check_recipe, model_config
 
-from .conftest import TINY_MODEL, make_picture, opened_up
+from .conftest import TINY_MODEL, make_picture, opened_up, tiny_study_recipe
 
 CPU = torch.device("cpu")
 
@@ -227,7 +227,8 @@ def test_a_comparison_and_what_it_keeps(
     picture_folder: Path, held_out_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """One seed and two contenders, then all: the first runs stay as they are, and the report speaks of all."""
-    arguments = ["placement", "--out", tmp_path, "--steps", 1, "--images", 10]
+    recipe = tiny_study_recipe(tmp_path / "study-tiny.yaml")
+    arguments = ["placement", "--recipe", recipe, "--out", tmp_path, "--steps", 1, "--images", 10]
     arguments += ["--data", picture_folder, "--held-out", held_out_folder, "--held-out-split", "train"]
     assert study(*arguments, "--seeds", 1, "--contenders", "dit", "hybrid") == 0
     first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/result.json")}
