@@ -135,7 +135,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         runs = models.runs()
         return gr.update(choices=runs, value=runs[0] if runs else None)
 
-    def look(name: str | None, before: Looked | None, index: float) -> list[Any]:
+    def look(name: str | None, before: Looked | None, index: float) -> dict[Any, Any]:
         if not name or name not in models.runs():
             return without("No run has begun in the folders looked through: `pixeldip train` begins one.")
         try:
@@ -144,25 +144,26 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
             return without(f"{name} cannot be read: `{error}`")
         here = Looked.at(name, now)
         if here == before:
-            return [gr.skip(), now.line(), *[gr.skip()] * (len(outputs) - 2)]
+            return {line: now.line()}
         newest = max(len(now.previews) - 1, 0)
+        # at the newest preview, stay there
         following = before is None or before.run != name or int(index) >= before.previews - 1
         at = newest if following else int(index)
         measured = now.measured()
-        return [
-            here,
-            now.line(),
-            gr.update(visible=True),
-            loss_plot(now.curve("loss")),
-            now.curve("images_per_second"),
-            show(name, at),
-            gr.update(maximum=max(newest, 1), value=at, interactive=newest > 0),
-            now.table(),
-            gr.update(value=measured, visible=len(measured) > 0),
-        ]
+        return {
+            looked: here,
+            line: now.line(),
+            details: gr.update(visible=True),
+            loss: loss_plot(now.curve("loss")),
+            rate: now.curve("images_per_second"),
+            preview: show(name, at),
+            when: gr.update(maximum=max(newest, 1), value=at, interactive=newest > 0),
+            table: now.table(),
+            evaluations: gr.update(value=measured, visible=len(measured) > 0),
+        }
 
-    def without(why: str) -> list[Any]:
-        return [None, why, gr.update(visible=False), *[gr.skip()] * (len(outputs) - 3)]
+    def without(why: str) -> dict[Any, Any]:
+        return {looked: None, line: why, details: gr.update(visible=False)}
 
     def loss_plot(curve: pd.DataFrame) -> Any:
         usual = curve["loss"].quantile(0.95) if len(curve) else 0.0  # the first steps would flatten all the others
