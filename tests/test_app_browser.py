@@ -318,8 +318,12 @@ def test_follow_a_run(page: Page, folder: Path) -> None:
     shutil.copytree(folder / "runs" / "first", second)
     entry = {"step": 3, "loss": 0.125, "images_per_second": 2.0, "seconds": 1.0}
     (second / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    images = (second / "previews").rename(second / "elsewhere")
     page.get_by_role("button", name="Look for runs").click()
     expect(line).to_contain_text("step 3 of 4 · loss 0.1250 · 2 images/s · 0:02 left")
+    expect(previews).to_be_hidden()
+    images.rename(second / "previews")
+    expect(page.get_by_text("Step 4", exact=True)).to_be_visible()
     with (second / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**entry, "step": 4, "loss": 0.0625}) + "\n")
     expect(line).to_contain_text("step 4 of 4 · loss 0.0625")  # by itself

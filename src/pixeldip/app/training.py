@@ -112,7 +112,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
             loss = _curve("loss", label="Loss")
             rate = _curve("images_per_second", label="Images per second", y_title="images/s")
         with gr.Row():
-            with gr.Column(scale=3, min_width=280):
+            with gr.Column(scale=3, min_width=280, visible=False) as over_time:
                 preview = pixel_image(
                     label="Preview",
                     height=480,
@@ -129,7 +129,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
                 )
                 evaluations = gr.Dataframe(label="Evaluations", interactive=False, visible=False, buttons=[])
     timer = gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
-    outputs = [looked, line, details, loss, rate, preview, when, table, evaluations]
+    outputs = [looked, line, details, loss, rate, over_time, preview, when, table, evaluations]
 
     def find() -> Any:
         runs = models.runs()
@@ -156,6 +156,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
             details: gr.update(visible=True),
             loss: loss_plot(now.curve("loss")),
             rate: now.curve("images_per_second"),
+            over_time: gr.update(visible=len(now.previews) > 0),
             preview: show(name, at),
             when: gr.update(maximum=max(newest, 1), value=at, interactive=newest > 0),
             table: now.table(),
@@ -172,7 +173,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
     def show(name: str | None, index: float) -> Any:
         previews = preview_files(Path(name)) if name in models.runs() else []
         if not previews:
-            return gr.update(value=None, label="No preview yet")
+            return gr.update(value=None)
         file = previews[min(int(index), len(previews) - 1)]
         try:
             return gr.update(value=decode(file.read_bytes()), label=f"Step {step_of(file):,}")
