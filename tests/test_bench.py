@@ -197,13 +197,19 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert two["images_per_second"] == pytest.approx(2 / two["milliseconds"] * 1e3)
 
 
-def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved_model(tmp_path / "dip-mine" / "first", 16)
     for flags, message in [
         (["--model", "dip-q/16"], "no preset 'dip-q/16'"),
         (["--model", "nowhere"], "no such folder"),
         (["--model", "dip-s/16", "--height", "20"], "multiples of 16"),
         (
             ["--model", str(saved_model(tmp_path / "model", 16)), "--width", "24", "--latent"],
+            "squares of multiples of 16",
+        ),
+        (  # a folder of that name goes before presets
+            ["--model", "dip-mine/first", "--width", "24", "--latent"],
             "squares of multiples of 16",
         ),
         (["--out", str(tmp_path / "x.png")], "x.png: is for the JSON line, a plot goes beside it"),

@@ -20,6 +20,7 @@ from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import display_scale, from_uint8, grid, to_uint8
 from pixeldip.recipe import parse_recipe
+from pixeldip.run_folder import newest_checkpoint
 from pixeldip.sampling import SampledImages, deal_classes, parse_seeds
 from pixeldip.settings import SamplingSettings
 from pixeldip.training import train
@@ -289,6 +290,8 @@ def test_demo_report_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_trackers(tmp_path: Path, picture_folder: Path) -> None:
     recipe = tiny_recipe(tmp_path / "run", picture_folder, logging={"trackers": ["tensorboard"]})
     train(recipe, Console(quiet=True))
+    shutil.rmtree(newest_checkpoint(tmp_path / "run"))
+    train(recipe, Console(quiet=True))  # steps that it went back behind count as it ran them again
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))

@@ -132,8 +132,12 @@ def test_images_that_came_or_went_are_told_and_accepted_by_choice(
     make_picture(98).save(picture_folder / "cow" / "0.png")
     trained.training.steps, trained.data.accept_changes = 10, True
     with pytest.raises(
-        UserError, match=r"with the new classes cow; .* has 2 classes. Start another run .*--model.pretr"
+        UserError, match=r"with the new classes cow; .* has other classes. Start another run .*--model.pretr"
     ):
+        train(trained, QUIET)
+    shutil.rmtree(picture_folder / "cow")
+    (picture_folder / "ant").rename(picture_folder / "cow")  # bee would go on as what was ant
+    with pytest.raises(UserError, match=r"without the classes ant, with the new classes cow; .* has other classes"):
         train(trained, QUIET)
 
 

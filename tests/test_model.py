@@ -232,6 +232,17 @@ def test_kept_kernels_follow_the_weights() -> None:
         torch.testing.assert_close(made, plain, rtol=0, atol=tolerance * plain.abs().max().item())
 
     check()
+
+    class Shared(dict):
+        """Which another thread's call clears whenever something is put into it."""
+
+        def __setitem__(self, name: tuple, value: tuple) -> None:
+            super().__setitem__(name, value)
+            self.clear()
+
+    mine, head.kept_kernels = head.kept_kernels, Shared()
+    check()
+    head.kept_kernels = mine
     kept = {i: composed for i, (_, composed) in head.kept_kernels.items()}
     check()
     assert kept.keys() == KEPT_OF_8_PIXELS and all(head.kept_kernels[i][1] is composed for i, composed in kept.items())
@@ -422,6 +433,7 @@ def test_preset_parameters(name: str) -> None:
         ({"head_width": 0}, "head_width=0: must be at least 1"),
         ({"mlp_ratio": "4"}, "mlp_ratio '4': give a finite number"),
         ({"mlp_ratio": 0}, r"mlp_ratio=0\.0: must be above 0"),
+        ({"mlp_ratio": 0.01}, r"mlp_ratio=0\.01: blocks \d+ wide would have MLPs of no width"),
         ({"absolute_positions": "no"}, "absolute_positions='no': give True or False"),
         ({"head": ["unet"]}, "choose one of unet"),
     ],

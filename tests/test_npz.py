@@ -236,3 +236,6 @@ def test_cut_and_overwritten_files(data: st.DataObject, kind: str, good: Path, t
 def test_made_with_is_json_in_the_comment(tmp_path: Path) -> None:
     with zipfile.ZipFile(write(tmp_path / "a.npz")) as archive:
         assert json.loads(archive.comment) == {"seed": 3}
+    with NpzWriter(tmp_path / "long.npz", 1, 8, 8, {"seeds": "1," * 40_000, "patch_size": 8}) as writer:
+        writer.add(np.zeros((1, 8, 8, 3), np.uint8))
+    assert NpzFile(tmp_path / "long.npz").made_with == {"patch_size": 8, "too_long": ["seeds"]}

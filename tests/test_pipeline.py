@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounter
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import SOLVERS, evaluations
+from pixeldip.sampling import SampledImages
+from pixeldip.settings import SamplingSettings
 
 from .conftest import TINY_MODEL, opened_up
 
@@ -66,6 +68,12 @@ def test_pictures_of_values_that_are_not_finite_are_told(pipeline: DiPPipeline) 
         pipeline.model.backbone.class_embed.weight[1] = torch.nan
     with pytest.warns(UserWarning, match=r"1 of 2 images hold values that are not finite, .* another checkpoint"):
         assert len(pipeline(["ant", "bee"], num_inference_steps=1).images) == 2
+    for value in (torch.nan, torch.inf):
+        with torch.no_grad():
+            pipeline.model.backbone.class_embed.weight[1] = 0
+            pipeline.model.detailer.out.bias.fill_(value)
+        with pytest.warns(UserWarning, match="drawn in black"):
+            assert np.asarray(pipeline("bee", num_inference_steps=1).images[0]).max() == 0
 
 
 @pytest.mark.parametrize("solver", [None, "ancestral"])
@@ -153,6 +161,23 @@ def test_trajectory(pipeline: DiPPipeline) -> None:
     path = pipeline("ant", num_inference_steps=5, trajectory_every=2, output_type="latent")
     assert [t for t, _ in path.trajectory] == pytest.approx([0, 0.4, 0.8, 1])
     assert torch.equal(path.trajectory[-1][1], path.images)
+
+    def stop(pipe: DiPPipeline, step: int, *_: object) -> None:
+        pipe._interrupt = step == 2
+
+    path = pipeline("ant", num_inference_steps=5, trajectory_every=2, output_type="latent", callback_on_step_end=stop)
+    assert [t for t, _ in path.trajectory] == pytest.approx([0, 0.4, 0.6])
+    assert torch.equal(path.trajectory[-1][1], path.images)
+    buffer = torch.zeros(1, 3, 16, 16, dtype=torch.float64)
+
+    def fill(pipe: DiPPipeline, step: int, t: float, tensors: dict) -> dict:
+        return {"latents": buffer.fill_(step)}
+
+    names = (name for name in ["latents"])
+    asked = {"callback_on_step_end": fill, "callback_on_step_end_tensor_inputs": names, "trajectory_every": 1}
+    path = pipeline("ant", num_inference_steps=3, output_type="latent", **asked)
+    assert path.images.dtype == torch.float32 and next(names, None) is None
+    assert [state.unique().tolist() for _, state in path.trajectory[1:]] == [[0.0], [1.0], [2.0]]
 
 
 def test_half_precision_keeps_the_state_in_full(model_folder: Path) -> None:
@@ -344,3 +369,12 @@ def test_a_model_knows_how_it_is_sampled(model_folder: Path, tmp_path: Path) -> 
 def test_ways_of_sampling_there_are_not(sampling: dict, message: str, pipeline: DiPPipeline) -> None:
     with pytest.raises(UserError, match=message):
         DiPPipeline(pipeline.model, sampling=sampling)
+
+
+def test_pictures_of_more_channels_are_refused_at_once() -> None:
+    pipe = DiPPipeline(DiP(**TINY_MODEL, num_classes=0, in_channels=5), height=16, width=16)
+    with pytest.raises(UserError, match=r'output_type "pil": pictures have 1 or 3 channels, the model 5'):
+        pipe(num_inference_steps=1)
+    assert pipe(num_inference_steps=1, output_type="pt").images.shape == (1, 5, 16, 16)
+    with pytest.raises(UserError, match="makes images of 5 channels"):
+        SampledImages(pipe, SamplingSettings(), range(2))

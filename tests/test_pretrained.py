@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -82,6 +83,8 @@ def test_classes_go_by_name(trained: DiPPipeline) -> None:
     nameless = DiPPipeline(trained.model, height=16, width=16)
     by_id, _ = started(nameless, ["x", "y", "z"])
     assert torch.equal(by_id.backbone.class_embed.weight, old)
+    by_number, _ = started(nameless, ["0", "2", "1"])
+    assert torch.equal(by_number.backbone.class_embed.weight, old[[0, 2, 1, 3]])
     _, start = started(nameless, ["x", "y"])
     assert (start.classes_new, start.classes_left_out) == (["x", "y"], ["0", "1", "2"])
     _, start = started(trained, [])
@@ -251,6 +254,14 @@ def test_flags_that_name_a_network_replace_the_recipes(trained: DiPPipeline, tmp
     assert DiPPipeline.from_pretrained(tmp_path / "run").model.config.hidden_size == 32
     record = json.loads((tmp_path / "run" / "start.json").read_text())
     assert (record["new"], record["trained_at"]) == ([], [16, 16])
+    pytest.importorskip("peft")
+    values = {"model": {"pretrained": "elsewhere", "lora_rank": 2, "hidden_size": 64}}
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(values))
+    where = ["--data.source", str(picture_folder), "--out", str(tmp_path / "adapted")]
+    named = f"--model.pretrained={tmp_path / 'trained'}"
+    assert main(["train", str(tmp_path / "lora.yaml"), named, "--model.preset", "None", *where, *flags.split()]) == 0
+    assert (load_recipe(str(tmp_path / "adapted" / "recipe.yaml"))).model.lora_rank == 2
+    assert (tmp_path / "adapted" / "checkpoints" / "step-00000001" / "lora").is_dir()
 
 
 def test_from_an_authors_checkpoint(tmp_path: Path, picture_folder: Path) -> None:

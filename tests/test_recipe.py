@@ -105,6 +105,7 @@ def test_imagenet_recipes_hold_the_releases_settings() -> None:
         ({"training": {"steps": 0}}, "training.steps: .*found 0"),
         ({"flow": {"class_dropout": 1.5}}, "flow.class_dropout"),
         ({"data": {"resolution": [64]}}, "data.resolution"),
+        ({"data": {"resolution": [64, 0]}}, r"data\.resolution\.1: "),
         ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule"),
         ({"data": None}, "data"),
         ([1], "expected sections"),

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pixeldip import UserError
+from pixeldip import DiPPipeline, UserError
 from pixeldip.recipe import parse_recipe, recipe_values, save_recipe
 from pixeldip.run_folder import read_evaluations, read_metrics, training_rate
 from pixeldip.training import learner, train, trainer
@@ -132,6 +133,24 @@ def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path, picture_fo
     other = tiny_recipe(tmp_path / "run", picture_folder, model={"depth": 3})
     with pytest.raises(UserError, match=r"model.depth = 2, and this one asks for 3"):
         train(other, QUIET)
+
+
+def test_a_start_over_leaves_nothing_of_another_network(
+    tmp_path: Path, picture_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    preview = {"every": 2, "images": 2, "steps": 1}
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"steps": 4, "save_every": 2}, preview=preview)
+    train(recipe, QUIET)
+    old = (tmp_path / "run" / "previews" / "step-00000004.png").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    sections = {"training": {"steps": 2}, "preview": {**preview, "every": 0}, "flow": {"class_dropout": 0.0}}
+    train(tiny_recipe(tmp_path / "run", picture_folder, model={"hidden_size": 64}, **sections))
+    assert "preview.guidance to 1" in capsys.readouterr().out  # without dropout nothing trains what it steers away from
+    DiPPipeline.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "samples.png").exists()
+    assert (tmp_path / "run" / "previews-before-1" / "step-00000004.png").read_bytes() == old
+    assert "command" in json.loads((tmp_path / "run" / "environment.json").read_text())
 
 
 def test_a_rate_that_more_steps_throw_up_is_told(

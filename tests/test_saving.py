@@ -29,6 +29,9 @@ def test_saving_takes_what_it_takes_elsewhere(pipeline: DiPPipeline, tmp_path: P
     pipeline.save_pretrained(tmp_path, variant="fp16")  # in one file, where the parts were
     check(variant="fp16")
     check()
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="40KB")  # and back
+    check(variant="fp16")
+    assert sorted(path.name for path in (tmp_path / "model").glob("*.safetensors")) == sorted(parts)
     pipeline.save_pretrained(tmp_path, variant="ema")
     check(variant="ema")
     with pytest.raises(UserError, match=r'variants ema and fp16; say in Python which, .* variant="ema"\), or keep'):
@@ -110,8 +113,14 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     for folder in (tmp_path / "fused", tmp_path / "copy"):
         assert (folder / "README.md").read_text().count("Adapters (LoRA) were fused into these weights: mine. ") == 1
     torch.testing.assert_close(saved(**settings).images, adapted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"LoRA weights: mine would be fused no longer; call unload_lora_weights\(\)"):
+        again.load_lora_weights(tmp_path, adapter_name="other")
+    with pytest.raises(UserError, match="fuse_lora: no adapter 'typo'; there are mine"):
+        again.fuse_lora(adapter_names=["typo"])
     again.unfuse_lora()
     again.unload_lora_weights()
+    with pytest.raises(UserError, match="fuse_lora: no LoRA weights are loaded"):
+        again.fuse_lora("model")
     torch.testing.assert_close(again(**settings).images, plain, rtol=1e-4, atol=1e-4)
     again.load_lora_weights(tmp_path, adapter_name="mine")
     again.load_lora_weights(tmp_path, adapter_name="mine", hotswap=True)  # the same adapters as before, and no mistake
@@ -141,3 +150,39 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     again.load_lora_weights(tmp_path, adapter_name="second")
     with pytest.raises(UserError, match="name one of those loaded; there are default_0, second"):
         again.save_lora_weights(tmp_path / "copied")
+
+
+def test_the_card_and_the_network_know_what_is_fused(pipeline: DiPPipeline, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["down.0", "merge.0"], init_lora_weights=False)  # of the head
+    pipeline.model.add_adapter(config, "a")
+    pipeline.save_lora_weights(tmp_path / "a")
+    pipeline.unload_lora_weights()
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
+
+    @torch.no_grad()
+    def output() -> torch.Tensor:
+        return pipeline.model(*inputs)
+
+    plain = output()
+    pipeline.load_lora_weights(tmp_path / "a", adapter_name="a")
+    adapted = output()
+    assert (adapted - plain).abs().max() > 0.01
+    pipeline.fuse_lora()
+    pipeline.disable_lora()
+    output()  # which takes it out of the weights again
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(output(), plain, rtol=1e-4, atol=1e-4)
+    pipeline.save_pretrained(tmp_path / "without")
+    assert "were fused" not in (tmp_path / "without" / "README.md").read_text()
+    pipeline.load_lora_weights(tmp_path / "a", adapter_name="a")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    pipeline.load_lora_weights(tmp_path / "a", adapter_name="b")
+    pipeline.fuse_lora()
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
+    pipeline.save_pretrained(tmp_path / "with")
+    assert "were fused into these weights: a. " in (tmp_path / "with" / "README.md").read_text()

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pixeldip import UserError
-from pixeldip.data import class_count, decode, open_source
+from pixeldip.data import BrokenImage, class_count, decode, open_source
 from pixeldip.recipe import DataSection
 
 from .conftest import encoded, folder_images, make_picture
@@ -111,6 +111,23 @@ def test_parquet_and_webdataset_hold_the_same(picture_folder: Path, tmp_path: Pa
         for position in range(12):
             (a, label_a, *_), (b, label_b, *_) = folder[position], other[position]
             assert (a == b).all() and label_a == label_b
+
+
+def test_numbers_are_classes_in_the_order_of_numbers(tmp_path: Path) -> None:
+    numbers = [10, 2, 0, 11, -1, None, 2]
+    pictures = [{"bytes": encoded(make_picture(k)), "path": None} for k in range(len(numbers))]
+    columns = {"image": datasets.Image(), "label": datasets.Value("int64"), "name": datasets.Value("string")}
+    rows = {"image": pictures, "label": numbers, "name": [f"{number}" for number in numbers]}
+    datasets.Dataset.from_dict(rows, datasets.Features(columns)).to_parquet(tmp_path / "x.parquet")
+    images = folder_images(tmp_path / "x.parquet")
+    assert images.source.class_names == ("0", "2", "10", "11")
+    assert [images.source.picture(k)[1] for k in (0, 1, 2, 3, 6)] == [2, 1, 0, 3, 1]
+    for none in (4, 5):
+        with pytest.raises(BrokenImage, match="class"):
+            images.source.picture(none)
+    assert (np.asarray(images.source.picture(3)[0]) == np.asarray(make_picture(3))).all()
+    names = folder_images(tmp_path / "x.parquet", label_column="name").source.class_names
+    assert names == ("-1", "0", "10", "11", "2", "None")
 
 
 @pytest.mark.parametrize(

@@ -287,9 +287,9 @@ def test_a_comparison_and_what_it_keeps(
 
 
 def test_overfitting_any_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_picture(3, 300, 200).save(tmp_path / "mine.jpg")
+    make_picture(3, 300, 200).save(tmp_path / "test.jpg")  # a name that would tell a split
     out = tmp_path / "study"
-    arguments = ("overfit", "--image", tmp_path / "mine.jpg", "--steps", 2, "--out", out)
+    arguments = ("overfit", "--image", tmp_path / "test.jpg", "--steps", 2, "--out", out)
     assert study(*arguments, "--resolution", 100) == 2  # no multiple of the patch size: the folder is not taken
     assert study(*arguments, "--resolution", 64) == 0
     for contender in ("dit", "dip"):
@@ -301,7 +301,7 @@ def test_overfitting_any_photograph(tmp_path: Path, capsys: pytest.CaptureFixtur
         *("the-photograph.png", "the-photograph-zoom.png", "over-time.png", "psnr.svg"),
     }
     assert Image.open(out / "figures" / "over-time.png").size == (128, 260)  # one step, two networks
-    assert "mine.jpg" in (out / "report.html").read_text()
+    assert "test.jpg" in (out / "report.html").read_text()
     # what a run has lost is made again from what it still has, or its folder is named
     (out / "runs" / "dip" / "reconstruction.png").unlink()
     assert study(*arguments, "--resolution", 64) == 0 and (out / "runs" / "dip" / "reconstruction.png").is_file()

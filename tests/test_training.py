@@ -181,6 +181,14 @@ def test_half_an_environment_of_torchrun_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start with torchrun"):
         train(tiny_recipe(tmp_path / "run", "emoji"), QUIET)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=r"WORLD_SIZE 2 but not MASTER_ADDR.* start with torchrun"):
+        train(tiny_recipe(tmp_path / "run", "emoji"), QUIET)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match=r"in the environment: .*'two'; start with torchrun"):
+        train(tiny_recipe(tmp_path / "run", "emoji"), QUIET)
 
 
 def test_precision_follows_the_device() -> None:

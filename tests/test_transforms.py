@@ -20,7 +20,7 @@ def test_greyscale_of_eight_and_sixteen_bits() -> None:
     for factor in (1, 257):  # 32-bit files hold either
         longer = Image.fromarray(ramp.astype(np.int32) * factor)
         assert (np.asarray(decode(encoded(longer, "TIFF"))) == ramp[..., None]).all()
-    for factor in (1, 1 / 255):  # and so do those of fractions
+    for factor in (1, 1 / 255, 257):  # and so do those of fractions
         fractions = Image.fromarray(ramp.astype(np.float32) * np.float32(factor))
         assert (np.asarray(decode(encoded(fractions, "TIFF"))) == ramp[..., None]).all()
 
@@ -33,6 +33,8 @@ def test_palette_and_transparency_end_on_white() -> None:
     palette.putpalette([0, 0, 200, 9, 9, 9])
     palette.putpixel((1, 0), 1)
     assert np.asarray(decode(encoded(palette, transparency=1))).tolist() == [[[0, 0, 200], [255, 255, 255]]]
+    wide = Image.fromarray(np.array([[1000, 2570]], np.uint16))
+    assert np.asarray(decode(encoded(wide, transparency=1000))).tolist() == [[[255, 255, 255], [10, 10, 10]]]
     grey_alpha = Image.new("LA", (1, 1), (0, 0))
     assert np.asarray(decode(encoded(grey_alpha))).tolist() == [[[255, 255, 255]]]
 
@@ -55,7 +57,8 @@ def test_exif_rotation() -> None:
 
 def test_what_is_no_picture() -> None:
     whole = encoded(make_picture(0, 200, 200), "JPEG")
-    for data in (b"", b"text", whole[: len(whole) // 2]):
+    no_number = encoded(Image.fromarray(np.array([[0.5, np.nan]], np.float32)), "TIFF")
+    for data in (b"", b"text", whole[: len(whole) // 2], no_number):
         with pytest.raises(BrokenImage):
             decode(data)
 

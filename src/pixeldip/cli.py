@@ -139,10 +139,10 @@ def train(arguments: list[str]) -> int:
     """Train a model, or resume its run: pixeldip train [RECIPE.yaml] [--section.key value]."""
     positional = arguments[:1] if arguments and not arguments[0].startswith("-") else []
     default = load_recipe(positional[0]) if positional else load_recipe("my-images")
-    named = {argument.partition("=")[0] for argument in arguments}
-    if "--model.pretrained" in named:  # a whole network takes the place of the recipe's sizes
-        default.model = ModelSection()
-    elif "--model.preset" in named:
+    if _given("--model.pretrained", arguments):  # a whole network takes the place of the recipe's sizes
+        adapters = {"lora_rank": default.model.lora_rank, "lora_alpha": default.model.lora_alpha}
+        default.model = ModelSection(**adapters)
+    elif _given("--model.preset", arguments):
         default.model = ModelSection(prediction=default.model.prediction)
     parsed = _parsed(
         TrainArguments,
@@ -169,6 +169,12 @@ def train(arguments: list[str]) -> int:
     if not outcome.status:
         say(console, f"sample it: pixeldip sample {shlex.quote(str(outcome.run))}")
     return outcome.status
+
+
+def _given(flag: str, arguments: list[str]) -> bool:
+    """Whether a flag has a value other than None."""
+    words = itertools.chain.from_iterable(argument.split("=", 1) for argument in arguments)
+    return any(word == flag and value != "None" for word, value in itertools.pairwise([*words, "None"]))
 
 
 def sample(arguments: list[str]) -> None:

@@ -193,7 +193,16 @@ def start_processes(device_name: str) -> Iterator[Processes]:
             f"the environment sets {' and '.join(variables)} but not all of RANK, WORLD_SIZE and LOCAL_RANK: "
             "start with torchrun, or unset them"
         )
-    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    try:
+        rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE or LOCAL_RANK in the environment: {error}; start with torchrun") from None
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if world_size > 1 and missing:
+        raise UserError(
+            f"the environment sets WORLD_SIZE {world_size} but not {' and '.join(missing)}, where the processes meet: "
+            "start with torchrun, or unset it"
+        )
     device = choose_device(device_name, local_rank)
     if world_size == 1:
         yield Processes(0, 1, device)

@@ -95,8 +95,10 @@ def preview_files(run: Path) -> list[Path]:
 
 
 def newest_preview(run: Path) -> Path | None:
-    """The newest sample grid of a run, or None."""
-    return next(reversed(preview_files(run)), None)
+    """The newest sample grid of a run that is not newer than its newest checkpoint, or None."""
+    checkpoint = newest_checkpoint(run)
+    saved = [path for path in preview_files(run) if checkpoint and step_of(path) <= step_of(checkpoint)]
+    return saved[-1] if saved else None
 
 
 def _by_step(run: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:

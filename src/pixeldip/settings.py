@@ -7,6 +7,7 @@ import dataclasses
 import math
 import operator
 import os
+import re
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ def strict(cls: type) -> type:
     return cls
 
 
+_ALTERNATIVE = re.compile(r"constrained-\w+|\w+\[.*\]")  # how pydantic names the types of a union in a path
 _LARGEST = 2**63 - 1
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST)]
@@ -234,7 +236,8 @@ def explained(error: ValidationError) -> str:
 
 def where_and_why(error: Any) -> str:
     """One of a ValidationError's errors()."""
-    path = [str(part) for part in error["loc"]] or ["all of it"]
+    parts = [str(part) for part in error["loc"]]
+    path = [part for part in parts if not _ALTERNATIVE.fullmatch(part)] or ["all of it"]
     return f"{'.'.join(path)}: {_found(error)}"
 
 

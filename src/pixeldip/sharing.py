@@ -52,7 +52,7 @@ def write_model_card(
         license=license,
         library_name="pixeldip",
         pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "dip", "pixel-space", *(["class-conditional"] if class_names else [])],
+        tags=["diffusers", "dip", "pixel-space", *(["class-conditional"] if model["num_classes"] else [])],
     )
     if run and (preview := newest_preview(run)):
         shutil.copyfile(preview, folder / SAMPLES)

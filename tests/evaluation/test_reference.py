@@ -37,8 +37,12 @@ def test_reference_files(tmp_path: Path, seeded_weights: Path, picture_folder: P
     assert len(kept) == 5 and kept < pictures
     assert all(np.array_equal(some.load(name), whole.load(name)) for name in ("mu", "sigma", "mu_s", "sigma_s"))
     samples = save_npz(tmp_path / "samples.npz", smooth_images(9, 3))
+    one = ["--images", "1", "--out", str(tmp_path / "one.npz"), *weights]  # too few to compare with, but for statistics
+    assert main(["evaluate", "reference", str(picture_folder), "--resolution", "32", *one]) == 0
+    by_one = run(tmp_path, samples, "--reference", tmp_path / "one.npz", *weights, "--metrics", "fid")
     by_file = run(tmp_path, samples, "--reference", out, *weights)
     by_folder = run(tmp_path, samples, "--reference", picture_folder, *weights)
+    assert by_one["metrics"]["fid"] == by_file["metrics"]["fid"]
     for name, value in by_file["metrics"].items():
         assert by_folder["metrics"][name] == pytest.approx(value, rel=1e-9), name
     assert by_file["reference"]["statistics_from_file"] and not by_folder["reference"]["statistics_from_file"]

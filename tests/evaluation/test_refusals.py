@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixeldip import UserError
 from pixeldip.cli import main
+from pixeldip.evaluation import evaluate
 from pixeldip.evaluation.inception import POOL_DIM
+from pixeldip.settings import EvaluationOptions
 
 from .conftest import GOOD, run, save_folder, save_npz, statistics
 
@@ -183,3 +186,20 @@ def test_what_of_a_folder_is_not_measured_is_told_once(
     assert main(command) == 0
     said = capsys.readouterr().out
     assert f"warning: {passed} JPEG\n" in said and "no classes" not in said
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"is_order": "shufle"}, "is_order: .*'shufle'"),
+        ({"pr_distance": "ADM"}, "pr_distance: .*'ADM'"),
+        ({"evaluation_batch_size": 0}, "evaluation_batch_size: .*found 0"),
+        ({"patch_size": -4}, "patch_size: .*found -4"),
+    ],
+)
+def test_options_in_python_are_checked(option: dict, message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=GOOD)
+    with pytest.raises(UserError, match=message):
+        evaluate(tmp_path / "samples.npz", EvaluationOptions(metrics=("boundary",), **option))
+    options = EvaluationOptions(metrics=["boundary"], patch_size=8, reference=tmp_path / "samples.npz")
+    assert evaluate(tmp_path / "samples.npz", options).metrics["boundary"] > 0

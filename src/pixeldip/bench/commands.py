@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def _measure(
 def model_to_time(name: str, height: int | None = None, width: int | None = None) -> tuple[DiP, tuple[int, int]]:
     """A preset's or a checkpoint's model, with weights moved off their start so that no gate is closed, and the size
     (height, width) of its images unless one is given."""
-    if "/" in name and name.split("/")[0].startswith(("dip-", "dit-")):
+    named_like_one = "/" in name and name.split("/")[0].startswith(("dip-", "dit-"))
+    if named_like_one and not Path(name).expanduser().is_dir():
         model = DiP.from_preset(name)
         own = 2 * (16 * model.config.patch_size,)
     else:

@@ -31,8 +31,8 @@ def find_builder(source: str, split: str) -> tuple[str, dict[str, Any], Pictures
         folder = resources.files(__package__) / "bundled"
         return "parquet", {"data_files": {split: str(folder / name) for split, name in BUNDLED[source].items()}}, None
     if path.is_file():
-        if path.suffix in BUILDERS:
-            return BUILDERS[path.suffix], {"data_files": {"train": glob.escape(str(path))}}, None
+        if path.suffix.lower() in BUILDERS:
+            return BUILDERS[path.suffix.lower()], {"data_files": {"train": glob.escape(str(path))}}, None
         raise UserError(f"{source}: a file, but neither .parquet nor .tar; give the folder that holds the images")
     if path.is_dir():
         return _in_folder(source, path, split)

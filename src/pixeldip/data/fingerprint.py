@@ -55,6 +55,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if kept:
         counts = [f"{name} {before['classes'][name]}, now {now['classes'][name]}" for name in kept[:5]]
         found.append("; ".join(counts) + " …" * (len(kept) > 5))
+    if [n for n in before["classes"] if n in now["classes"]] != [n for n in now["classes"] if n in before["classes"]]:
+        found.append("the classes in another order")
     return ", ".join(found) or "as many images, but other names, sizes or order"
 
 

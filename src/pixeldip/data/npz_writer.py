@@ -11,6 +11,8 @@ import numpy as np
 
 from ..files import check_writable, writing
 
+_LONGEST_COMMENT = 65_535
+
 
 class NpzWriter:
     """Writes an `.npz` of images batch by batch. Use as a context manager.
@@ -29,7 +31,7 @@ class NpzWriter:
         self.path = Path(path)
         self.shape = (count, height, width, 3)
         self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._comment = json.dumps(made_with or {}).encode()[:65535]
+        self._comment = _comment(made_with or {})
         self._written = 0
         self._archive: zipfile.ZipFile | None = None
         self._images: IO[bytes] | None = None
@@ -82,3 +84,12 @@ class NpzWriter:
                 if part is not None:
                     part.close()
         self._partial.unlink(missing_ok=True)
+
+
+def _comment(made_with: dict[str, Any]) -> bytes:
+    """As JSON; if it does not fit, without what is longest, which `too_long` names."""
+    kept, too_long = dict(made_with), []
+    while len(comment := json.dumps(kept | ({"too_long": too_long} if too_long else {})).encode()) > _LONGEST_COMMENT:
+        too_long.append(max(kept, key=lambda name: len(json.dumps(kept[name]))))
+        del kept[too_long[-1]]
+    return comment

@@ -213,11 +213,29 @@ def _with_columns(rows: Any, section: DataSection) -> Source:
         raise UserError(f"{section.source}: label column {label_column}: no such column; {columns}")
     if not isinstance(rows.features[label_column], datasets.ClassLabel):
         try:
-            rows = rows.class_encode_column(label_column)
+            rows = _with_classes(rows, label_column)
         except Exception as error:  # datasets and Arrow raise many kinds
             why = f"label column {label_column}: holds no classes ({first_line(error)})"
             raise UserError(f"{section.source}: {why}") from error
     return Source(rows, image_column, label_column, tuple(rows.features[label_column].names))
+
+
+def _with_classes(rows: Any, column: str) -> Any:
+    """A column of names or numbers as classes, names in alphabetical order, whole numbers in theirs, so that they are
+    the ids, too; nulls and numbers below 0 are no class. Only this column is written again, not the images."""
+    import datasets
+
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.Value):
+        raise TypeError(f"it is of type {type(feature).__name__}")
+    values = rows[column][:]
+    kinds = set(values) - {None}
+    if "int" in feature.dtype:
+        kinds = {value for value in kinds if value >= 0}
+    ids = {value: k for k, value in enumerate(sorted(kinds))}
+    labels = [ids.get(value, -1) for value in values]
+    classes = datasets.ClassLabel(names=[str(value) for value in ids])
+    return rows.remove_columns(column).add_column(column, labels, feature=classes)
 
 
 def _holds_files(feature: Any) -> bool:

@@ -62,12 +62,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # 16-bit greyscale, scaled, where convert() would clip; 32-bit files (mode "I") hold numbers of 16 bits or of 8
         pixels = np.asarray(image).clip(0, 65535)
         scale = 1 if image.mode == "I" and pixels.max() <= 255 else 257
+        if image.mode != "I" and "transparency" in image.info:
+            pixels = np.where(pixels == image.info["transparency"], 65535, pixels)
         return Image.fromarray((pixels / scale + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         pixels = np.asarray(image)
-        return Image.fromarray(
-            ((pixels if pixels.max() > 1 else 255 * pixels) + 0.5).clip(0, 255).astype(np.uint8)
-        ).convert("RGB")
+        if not np.isfinite(pixels).all():
+            raise ValueError("holds values that are not finite")
+        scale = next((255 / white for white in (1, 255) if pixels.max() <= white), 255 / 65535)
+        return Image.fromarray((pixels * scale + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

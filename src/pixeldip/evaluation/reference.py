@@ -161,9 +161,10 @@ def open_reference(
     if options.verify:
         processes.on_main(file.verify)
     statistics = read_statistics(file)
-    if "arr_0" in file:
-        reference = reference_of(file.images(), role, processes)
-    elif statistics:
+    images = file.images() if "arr_0" in file else None
+    if images is not None and (len(images) >= 2 or not statistics):
+        reference = reference_of(images, role, processes)
+    elif statistics:  # of more images than the few that are in it
         reference = Reference(name, content_hash(None, name, processes), None)
     else:
         needed = "images (arr_0) or statistics (mu, sigma)"

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
 from ..sampling import ImageWriter
-from ..settings import EvaluationOptions
+from ..settings import EvaluationOptions, check_values
 from ..terminal import Advance, PlainConsole, image_progress, printable, say
 from .extractors import Extractor, load_together
 from .image_sets import ImageSet, SourceImages, open_samples
@@ -42,8 +42,8 @@ class Evaluator:
             source warns of is shown by whoever opened it.
 
     Raises:
-        UserError: if a metric has no such name or cannot be had with this reference, weights are missing, or
-            the reference cannot be read, is damaged or has another size.
+        UserError: if an option is out of range, a metric has no such name or cannot be had with this reference,
+            weights are missing, or the reference cannot be read, is damaged or has another size.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class Evaluator:
         console: Console | None = None,
         own_images: SourceImages | None = None,
     ):
-        self.options, self.processes, self.own_images = options, processes, own_images
+        options = self.options = check_values(_spelled(options), str)
+        self.processes, self.own_images = processes, own_images
         self.console = console or PlainConsole(quiet=not processes.is_main)
         self.height, self.width = height, width
         self.warnings: list[str] = []
@@ -297,6 +298,12 @@ def _known_metrics(names: tuple[str, ...]) -> list[str]:
         if name not in METRICS:
             raise UserError(f"no metric {name!r}; there are {', '.join(METRICS)}")
     return list(dict.fromkeys(names or DEFAULT))
+
+
+def _spelled(options: EvaluationOptions) -> EvaluationOptions:
+    """With paths of images as the text that also names a dataset."""
+    names = {name: getattr(options, name) for name in ("reference", "train_images")}
+    return dataclasses.replace(options, **{k: str(v) if isinstance(v, Path) else v for k, v in names.items()})
 
 
 def _plain_options(options: EvaluationOptions) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .backbone import Backbone
 from .heads import HEADS
 from .heads.unet import UNetHead
 from .int8 import Int8Linear
-from .layers import Block
+from .layers import Block, swiglu_inner
 from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
 
@@ -171,10 +171,13 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @staticmethod
     def _forget_parts_of_before(folder: Path) -> None:
         """Where a model in one file replaces one in parts, diffusers deletes the parts, but not the list of them, which
-        it would look for when it loads the folder."""
+        it would look for when it loads the folder; the other way round it leaves the one file."""
         for listing in folder.glob("*.safetensors.index*.json"):
             if not all((folder / part).is_file() for part in json.loads(listing.read_bytes())["weight_map"].values()):
                 listing.unlink()
+                continue
+            stem, variant = listing.name.removesuffix(".json").split(".safetensors.index")
+            (folder / f"{stem}{variant}.safetensors").unlink(missing_ok=True)
 
     def forget_kernels(self) -> None:
         """Composes the head's kernels again at its next call, as every call of a pipeline does: weights may have
@@ -264,11 +267,13 @@ def _plain_sizes(config: Mapping[str, Any]) -> dict[str, int | float]:
     if sizes["num_classes"] < 0:
         raise UserError(f"num_classes={sizes['num_classes']}: must be at least 0 (0 makes an unconditional model)")
     mlp_ratio = finite_number("mlp_ratio", config["mlp_ratio"])
-    if mlp_ratio <= 0:
-        raise UserError(f"mlp_ratio={mlp_ratio}: must be above 0")
     if not isinstance(config["absolute_positions"], bool):
         raise UserError(f"absolute_positions={config['absolute_positions']!r}: give True or False")
     hidden_size, num_heads, depth = sizes["hidden_size"], sizes["num_heads"], sizes["depth"]
+    if mlp_ratio <= 0:
+        raise UserError(f"mlp_ratio={mlp_ratio}: must be above 0")
+    if not swiglu_inner(hidden_size, mlp_ratio):
+        raise UserError(f"mlp_ratio={mlp_ratio}: blocks {hidden_size} wide would have MLPs of no width; give more")
     if hidden_size % (4 * num_heads):
         raise UserError(
             f"hidden_size={hidden_size} with num_heads={num_heads}: hidden_size must be a multiple of "

@@ -183,7 +183,7 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         height = self.config.height if height is None else whole_number("height", height)
         width = self.config.width if width is None else whole_number("width", width)
         check_size(height, width, model.config.patch_size)
-        check_output_type(output_type)
+        check_output_type(output_type, model.config.in_channels)
         handler = StepHandler(self, callback_on_step_end, callback_on_step_end_tensor_inputs, trajectory_every)
 
         noise = SampleNoise(seeds, generator, len(labels), (model.config.in_channels, height, width), device)

@@ -19,6 +19,8 @@ class LoRAMixin(LoraBaseMixin):
     """The LoRA methods of a pipeline whose `model` is a `DiP`."""
 
     _lora_loadable_modules = ["model"]
+    _fused_for_good: frozenset[str] | set[str] = frozenset()
+    """Names of adapters that were fused when they were unloaded."""
 
     def load_lora_weights(
         self,
@@ -33,9 +35,14 @@ class LoRAMixin(LoraBaseMixin):
 
         Raises:
             UserError: if PEFT is not installed, there are no LoRA weights, they belong to another model, or this one is
-                in int8.
+                in int8 or has fused adapters, which loading others would take out of its weights.
         """
         check_peft()
+        if fused := self._fused_now():
+            raise UserError(
+                f"LoRA weights: {', '.join(sorted(fused))} would be fused no longer; call unload_lora_weights() first, "
+                "which leaves what is fused in the weights, or unfuse_lora()"
+            )
         if self.model.in_int8:
             raise UserError("LoRA weights: layers in int8 take none; load and fuse them before quantize_to_int8()")
         kwargs.setdefault("use_safetensors", True)
@@ -57,13 +64,46 @@ class LoRAMixin(LoraBaseMixin):
         if not found:
             raise UserError(f"{where}: no tensors of LoRA are in it")
 
-    def fuse_lora(self, components: Sequence[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        """As elsewhere in diffusers; by default of the model, the only component that adapters go to."""
-        super().fuse_lora(list(components or self._lora_loadable_modules), *args, **kwargs)
+    def fuse_lora(
+        self,
+        components: str | Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As elsewhere in diffusers; by default of the model, the only component that adapters go to.
 
-    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:
-        """As elsewhere in diffusers, likewise."""
-        super().unfuse_lora(list(components or self._lora_loadable_modules), **kwargs)
+        Raises:
+            UserError: if no adapters are loaded, or none of a name.
+        """
+        there = self.model.adapters
+        if not there:
+            raise UserError("fuse_lora: no LoRA weights are loaded; load_lora_weights() does it")
+        if unknown := [name for name in adapter_names or () if name not in there]:
+            raise UserError(f"fuse_lora: no adapter {unknown[0]!r}; there are {', '.join(there)}")
+        super().fuse_lora(self._components(components), lora_scale, safe_fusing, adapter_names, **kwargs)
+        self.model.forget_kernels()
+
+    def unfuse_lora(self, components: str | Sequence[str] | None = None, **kwargs: Any) -> None:
+        """As elsewhere in diffusers, likewise; what was fused before the last `unload_lora_weights` stays."""
+        super().unfuse_lora(self._components(components), **kwargs)
+        self._merged_adapters = self._merged_adapters | self._fused_for_good
+        self.model.forget_kernels()
+
+    def unload_lora_weights(self) -> None:
+        """As elsewhere in diffusers: what is fused stays in the weights, the rest is gone."""
+        self._fused_for_good = self._fused_for_good | self._fused_now()
+        super().unload_lora_weights()
+        self._merged_adapters = set(self._fused_for_good)
+        self.model.forget_kernels()
+
+    def _components(self, names: str | Sequence[str] | None) -> list[str]:
+        return [names] if isinstance(names, str) else list(names or self._lora_loadable_modules)
+
+    def _fused_now(self) -> set[str]:
+        """The loaded adapters that are in the weights."""
+        return {name for module in self.model.modules() for name in getattr(module, "merged_adapters", ())}
 
     def save_lora_weights(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Writes one adapter's weights to `pytorch_lora_weights.safetensors` in a folder.

@@ -22,10 +22,12 @@ class DiPPipelineOutput(BaseOutput):
     trajectory: list[tuple[float, Tensor]] | None = None
 
 
-def check_output_type(output_type: str) -> None:
-    """Raises UserError unless it is one of those there are."""
+def check_output_type(output_type: str, channels: int) -> None:
+    """Raises UserError unless it is one of those there are, and images of so many channels can be put out as it."""
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type {output_type!r}: choose one of {', '.join(OUTPUT_TYPES)}")
+    if output_type == "pil" and channels not in (1, 3):
+        raise UserError(f'output_type "pil": pictures have 1 or 3 channels, the model {channels}; choose "np" or "pt"')
 
 
 def put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
@@ -37,7 +39,7 @@ def put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Ten
                 "in float32, guide less, or take another checkpoint",
                 stacklevel=4,  # the caller of the pipeline, past torch.no_grad
             )
-        return to_pil(x)
+        return to_pil(x.where(x.isfinite(), -1))
     if output_type == "latent":
         return x
     shares = (x.float() / 2 + 0.5).clamp(0, 1)

@@ -47,11 +47,12 @@ class StepHandler:
             raise UserError(f"callback_on_step_end {self.callback!r}: give a function")
         if isinstance(self.callback, PipelineCallback | MultiPipelineCallbacks):
             self.tensor_inputs = self.callback.tensor_inputs
-        wanted = self.tensor_inputs = self.tensor_inputs or ()
+        wanted = self.tensor_inputs or ()
         there = self.pipeline._callback_tensor_inputs
         if isinstance(wanted, str) or not isinstance(wanted, Iterable):
             raise UserError(f"callback_on_step_end_tensor_inputs {wanted!r}: give a list of names")
-        if unknown := [name for name in wanted if name not in there]:
+        self.tensor_inputs = tuple(wanted)
+        if unknown := [name for name in self.tensor_inputs if name not in there]:
             raise UserError(f"callback_on_step_end_tensor_inputs: {unknown[0]}; there are {' and '.join(there)}")
 
     def solution(self, solver: Callable[..., Tensor], velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
@@ -70,19 +71,23 @@ class StepHandler:
                 tensors = {name: predicted if name == PREDICTED else x for name in self.tensor_inputs}
                 x = _replaced(x, self.callback(self.pipeline, step, t, tensors))
             bar.update()
-            if self.trajectory_every and (step == last or (step + 1) % self.trajectory_every == 0):
-                self.trajectory.append((t, x.cpu()))
-            if self.pipeline.interrupt and step != last:
+            stops = self.pipeline.interrupt or step == last
+            if self.trajectory_every and (stops or (step + 1) % self.trajectory_every == 0):
+                self._keep(t, x)
+            if stops and step != last:
                 raise _Interrupted(x)
             return x
 
         if self.trajectory_every:
-            self.trajectory.append((times[0], x.cpu()))
+            self._keep(times[0], x)
         with self.pipeline.progress_bar(total=len(times) - 1) as bar:
             try:
                 return solver(predicting if predicts else velocity, x, times, on_step)
             except _Interrupted as stopped:
                 return stopped.state
+
+    def _keep(self, t: float, x: Tensor) -> None:
+        self.trajectory.append((t, x.to("cpu", copy=True)))  # what a callback returned may be its own, to change
 
 
 def _replaced(state: Tensor, returned: Any) -> Tensor:
@@ -100,4 +105,4 @@ def _replaced(state: Tensor, returned: Any) -> Tensor:
     if not isinstance(new, Tensor) or new.shape != state.shape:
         found = f"a tensor of {tuple(new.shape)}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
         raise UserError(f"callback_on_step_end: {STATE} is {found}; give a tensor of {tuple(state.shape)}")
-    return new
+    return new.to(state)

@@ -70,8 +70,8 @@ def _cells(row: Row, plan: Plan) -> list[str]:
     cells += [f"{row.images}", f"{row.memory / 1e9:.1f}", f"{row.flops / 1e12:.4g}"]
     if row.seconds is not None:
         rate = plan.recipe.training.batch_size / row.seconds
-        cells += [f"{row.seconds:.2g}", f"{rate:.0f}", clock(row.run_seconds), f"{row.device_hours:.0f}"]
-    return cells + ([f"{row.cost:.0f}"] if row.cost is not None else [])
+        cells += [f"{row.seconds:.2g}", f"{rate:.0f}", clock(row.run_seconds), _amount(row.device_hours)]
+    return cells + ([_amount(row.cost)] if row.cost is not None else [])
 
 
 def record(plan: Plan) -> dict[str, Any]:
@@ -89,3 +89,8 @@ def record(plan: Plan) -> dict[str, Any]:
 
 def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+
+
+def _amount(value: float) -> str:
+    """Whole, or a small one in two digits."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

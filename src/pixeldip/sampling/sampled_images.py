@@ -88,7 +88,7 @@ class SampledImages:
         name: of the model, for records.
 
     Raises:
-        UserError: if an argument is out of range.
+        UserError: if an argument is out of range, or the model's images are neither grey nor RGB.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class SampledImages:
         width: int | None = None,
         name: str = "model",
     ):
+        if (channels := pipeline.model.config.in_channels) not in (1, 3):
+            raise UserError(f"{name}: makes images of {channels} channels; pictures have 1 or 3")
         self.pipeline, self.settings, self.seeds = pipeline, settings, seeds
         self.cast = precision if pipeline.dtype == torch.float32 else torch.float32  # others as they are
         own = torch.int8 if pipeline.model.in_int8 else pipeline.dtype

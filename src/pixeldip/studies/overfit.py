@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -32,6 +31,7 @@ from .folder import RESULT, alone_in, claim, read_json, read_picture, write_resu
 from .study import Contender, Scale, Study, changed, contender_recipe
 
 PHOTO = "red-panda.jpg"
+PHOTOGRAPH = "photo.png"  # what is trained on
 RECONSTRUCTION = "reconstruction.png"  # of each run
 LARGEST_PSNR = 100.0
 """In dB; what an equal image counts as, since JSON has no infinity."""
@@ -76,7 +76,7 @@ def run_overfit(arguments: StudyArguments, console: Console) -> int:
     def prepare(_: Processes) -> None:
         claim(out, {**settings, "recipe": recipe_values(base)})
         source.mkdir(exist_ok=True)
-        shutil.copyfile(photo, source / photo.name)
+        decode(photo.read_bytes()).save(source / PHOTOGRAPH)  # under no name that would tell a split or no image
 
     alone_in(device, console, prepare)
     for contender in OVERFIT.contenders(scale):
@@ -88,8 +88,8 @@ def run_overfit(arguments: StudyArguments, console: Console) -> int:
         outcome = train(recipe, console)
         if outcome.status:
             return outcome.status
-        alone_in(device, console, functools.partial(_measure, folder, recipe, source / photo.name, contender))
-    page = alone_in(device, console, lambda _: _write_report(out, scale, source / photo.name))
+        alone_in(device, console, functools.partial(_measure, folder, recipe, photo, contender))
+    page = alone_in(device, console, lambda _: _write_report(out, scale, photo))
     say(console, f"done; open {page}")
     return 0
 

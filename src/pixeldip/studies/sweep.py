@@ -1,5 +1,6 @@
 """How a model is best sampled: every combination of some settings, measured on the same seeds and classes."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,7 @@ ASKED = (
     "is_split",
     "is_order",
     "allow_resolution_mismatch",
+    "compile",
 )
 """Arguments that must be the same for all that one folder holds."""
 
@@ -80,7 +82,7 @@ def sweep_command(arguments: SweepArguments) -> int:
             settings = combinations(dataclasses.replace(arguments, guidance=(1.0,)))
         asked = ((name, getattr(arguments, name)) for name in ASKED)
         facts = {name: str(value) if isinstance(value, Path) else value for name, value in asked}
-        facts["weights"] = weights_sha256(pipeline.model)
+        facts |= {"device": processes.device.type, "weights": weights_sha256(pipeline.model)}
         missing = [s for s in settings if not processes.on_main(lambda s=s: is_there(arguments.out, s))]
         evaluator = Evaluator(options, *size, processes, console, real) if missing else None
         if evaluator:  # what is measured now stands beside what was: the same images must be behind both
@@ -102,6 +104,8 @@ def sweep_command(arguments: SweepArguments) -> int:
                 order_seed=None if classes else 0,
                 name=arguments.model,
             )
+            if arguments.compile or processes.device.type == "cuda":
+                _warm_up(samples, arguments.evaluation_batch_size)
             first = FirstImages()
             evaluation = evaluator.evaluate(samples, first)
             processes.on_main(lambda s=setting, f=first, e=evaluation: _keep(arguments.out, s, f, e.record, processes))
@@ -139,6 +143,15 @@ def classes_like(real: SourceImages | None, pipeline: DiPPipeline) -> list[int]:
         return []
     classes = [ids.get(real.source.class_names[label]) for label in real.labels]
     return [] if None in classes else deal_classes(classes, len(classes), order_seed=0)
+
+
+def _warm_up(samples: SampledImages, batch_size: int) -> None:
+    """Samples a batch of each size that will occur, its first step without guidance and its second with it, so that
+    compiling counts as no setting's time."""
+    first = copy.copy(samples)
+    first.settings = dataclasses.replace(samples.settings, steps=2, guidance_interval=(1e-6, 1.0))
+    for count in {min(batch_size, len(samples)), len(samples) % batch_size} - {0}:
+        first.read(0, count)
 
 
 def _keep(out: Path, setting: Setting, first: FirstImages, record: dict[str, Any], processes: Processes) -> None:

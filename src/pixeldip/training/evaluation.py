@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from ..data import Source
+from ..errors import UserError
 from ..evaluation import Evaluation, Evaluator
 from ..evaluation.image_sets import SourceImages
 from ..model import DiP
@@ -29,7 +30,10 @@ class TrainingEvaluator:
         self.precision = choose_precision(recipe.training.precision, processes.device)
         quiet = console if console.is_terminal else Console(quiet=True)
         own_images = SourceImages(source, recipe.data.source, size, allow_enlarging=True, skip_broken=True)
-        self.evaluator = Evaluator(self.section, *size, processes, quiet, own_images)
+        try:
+            self.evaluator = Evaluator(self.section, *size, processes, quiet, own_images)
+        except UserError as error:
+            raise UserError(f"evaluation: {error}") from error
         for warning in self.evaluator.warnings:
             warn(console, warning)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import shlex
@@ -21,7 +22,7 @@ from ..model import DiP, check_size, preset_config
 from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
 from ..recipe import DataSection, ModelSection, Recipe, flatten, image_size, load_recipe, recipe_values, save_recipe
-from ..run_folder import DATA, ENVIRONMENT, RECIPE, START, newest_checkpoint, read_metrics
+from ..run_folder import DATA, ENVIRONMENT, PREVIEWS, RECIPE, START, newest_checkpoint, read_metrics
 from ..saved_model import INDEX
 from ..terminal import say
 from .pretrained import Start
@@ -199,6 +200,17 @@ def changed_rate(run: Path, recipe: Recipe, step: int) -> list[str]:
     ]
 
 
+def untrained_guidance(recipe: Recipe, source: Source) -> list[str]:
+    """What to say where samples are guided by a class that stands for none and is never trained."""
+    used = ["preview", *(["evaluation"] if recipe.evaluation.every else [])]  # preview's settings are the saved model's
+    guided = [f"{name}.guidance" for name in used if getattr(recipe, name).guidance != 1]
+    if recipe.flow.class_dropout or recipe.model.pretrained or not source.class_names or not guided:
+        return []
+    return [
+        f"flow.class_dropout is 0, so what guidance steers away from is never trained: set {' and '.join(guided)} to 1"
+    ]
+
+
 def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any], str]:
     """The fingerprint of the images, and what changed in them since the run began, "" if nothing did.
 
@@ -215,10 +227,10 @@ def check_data(run: Path, source: Source, accept: bool) -> tuple[dict[str, Any],
         raise UserError(
             f"{run / DATA}: damaged; delete it to go on, if you are sure that the images are those of the run"
         ) from error
-    if len(before["classes"]) != len(found["classes"]):
+    if list(before["classes"]) != list(found["classes"]):  # in order: a class is known to the model by its place
         raise UserError(
-            f"data.source: {changed}; the model of {run} has {len(before['classes'])} classes. Start another run from "
-            f"it: --model.pretrained {shlex.quote(str(run))} --out FOLDER"
+            f"data.source: {changed}; the model of {run} has other classes. Start another run from it, which finds "
+            f"those of the same names: --model.pretrained {shlex.quote(str(run))} --out FOLDER"
         )
     if changed and not accept:
         raise UserError(
@@ -235,8 +247,11 @@ def prepare_run_folder(
     write_json(run / DATA, data)
     if start and not first_step:  # one that was left by a start that came to nothing is of other weights, perhaps
         write_json(run / START, start.record())
-    if not (run / ENVIRONMENT).exists():
+    if not first_step or not (run / ENVIRONMENT).exists():
         write_json(run / ENVIRONMENT, environment(processes))
+    if not first_step and (run / PREVIEWS).exists():  # of a start whose checkpoints are gone, perhaps another network
+        free = next(name for k in itertools.count(1) if not (name := run / f"{PREVIEWS}-before-{k}").exists())
+        (run / PREVIEWS).rename(free)
 
 
 def introduce(

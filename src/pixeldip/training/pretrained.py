@@ -162,8 +162,11 @@ def _copy_classes(
     if trained.shape[1] != table.shape[1]:
         start.new.append(CLASS_TABLE)
         return
-    by_id = not trained_names and len(trained) == len(table)
+    ids = [str(i) for i in range(len(trained) - 1)]
     labels = list(names) if names else [str(i) for i in range(len(table) - 1)]
+    if not trained_names and sorted(names) == sorted(ids):  # folders called by number, in alphabetical order
+        trained_names = ids
+    by_id = not trained_names and len(trained) == len(table)
     table[-1] = trained[-1]
     for i, label in enumerate(labels):
         row = i if by_id else list(trained_names).index(label) if label in trained_names else None
@@ -174,7 +177,7 @@ def _copy_classes(
             table[i] = trained[row]
             start.classes_kept.append(label)
     if not by_id:
-        theirs = trained_names or [str(i) for i in range(len(trained) - 1)]
+        theirs = trained_names or ids
         start.classes_left_out = [label for label in theirs if label not in start.classes_kept]
     start.kept.append(CLASS_TABLE)
 

@@ -31,7 +31,7 @@ class Progress:
         self.paused = 0.0
         self._waited = 0.0
         path, trackers = (run / LOG, recipe.logging.trackers) if processes.is_main else (Path(os.devnull), ())
-        self.trackers = [_TRACKERS[name](run, recipe) for name in trackers]
+        self.trackers = [_TRACKERS[name](run, recipe, first_step) for name in trackers]
         self._log = path.open("a+b")
         self._end_half_a_line()
         self._status = console.status("starting") if console.is_terminal and processes.is_main else None
@@ -134,10 +134,10 @@ def _named(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 class _TensorBoard:
-    def __init__(self, run: Path, recipe: Recipe):
+    def __init__(self, run: Path, recipe: Recipe, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(run / "tensorboard")
+        self.writer = SummaryWriter(run / "tensorboard", purge_step=first_step + 1)  # what a resume goes back behind
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -150,7 +150,7 @@ class _TensorBoard:
 class _WandbLike:
     package: str
 
-    def __init__(self, run: Path, recipe: Recipe):
+    def __init__(self, run: Path, recipe: Recipe, first_step: int):
         self.module = importlib.import_module(self.package)
         self.module.init(project=recipe.logging.project, name=run.name, config=recipe_values(recipe), resume="allow")
 

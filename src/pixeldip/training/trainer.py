@@ -38,6 +38,7 @@ from .preparation import (
     open_data,
     prepare_run_folder,
     seeded_initialisation,
+    untrained_guidance,
 )
 from .pretrained import add_adapters, check_adapted, load_pretrained, read_start, start_from
 from .preview import save_preview
@@ -120,9 +121,10 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
     changed_schedule = processes.on_main(lambda: changed_rate(run, recipe, first_step))
     if processes.is_main:
         prepare_run_folder(run, recipe, processes, first_step, start, data)
+    unguided = untrained_guidance(recipe, source)
     changed_images = [f"data.source changed: {changed}"] if changed else []
     unused = [f"data.source {recipe.data.source}: {text}" for text in source.warnings]
-    for warning in [*unused, *small_images, *gone, *damaged, *changed_schedule, *changed_images]:
+    for warning in [*unused, *small_images, *gone, *damaged, *changed_schedule, *changed_images, *unguided]:
         warn(console, warning)
     introduce(console, recipe, model, source, processes, first_step, start)
     evaluator = None

@@ -166,11 +166,12 @@ class UNetHead(nn.Module):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         state = dtype, [(w.data_ptr(), w._version) for w in weights]
-        if name not in self.kept_kernels or self.kept_kernels[name][0] != state:
+        entry = self.kept_kernels.get(name)  # once: another thread's call may forget it in between
+        if entry is None or entry[0] != state:
             with torch.autocast(device, enabled=False):
                 parts = make(*(w.float() for w in weights))
-            self.kept_kernels[name] = state, tuple(_laid_out(part.to(dtype)) for part in parts)
-        return self.kept_kernels[name][1]
+            entry = self.kept_kernels[name] = state, tuple(_laid_out(part.to(dtype)) for part in parts)
+        return entry[1]
 
 
 def _laid_out(kernel: Tensor) -> Tensor:
