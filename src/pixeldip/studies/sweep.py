@@ -109,10 +109,8 @@ def sweep_command(arguments: SweepArguments) -> int:
             first = FirstImages()
             evaluation = evaluator.evaluate(samples, first)
             processes.on_main(lambda s=setting, f=first, e=evaluation: _keep(arguments.out, s, f, e.record, processes))
-        if processes.is_main:
-            page = write_sweep_report(arguments.out, settings)
-            say(console, f"done; open {page}")
-        processes.barrier()
+        page = processes.on_main(lambda: write_sweep_report(arguments.out, settings))
+        say(console, f"done; open {page}")
     return 0
 
 
