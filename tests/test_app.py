@@ -188,7 +188,12 @@ def test_a_picture_gives_back_its_settings(pipeline: DiPPipeline, tmp_path: Path
     gallery = Gallery(tmp_path / "gallery")
     gallery.folder.rmdir()  # somebody tidied up while the page was served
     gallery.add(images, images.read(0, 2))
-    newest = gallery.newest()
+    elsewhere = tmp_path / "elsewhere.png"
+    elsewhere.write_bytes(b"")
+    (gallery.folder / "y.png").symlink_to(elsewhere)
+    (gallery.folder / "x.png").mkdir()
+    (gallery.folder / "z.png").symlink_to(tmp_path / "nowhere")
+    newest = gallery.newest()  # pictures that lie in the folder
     assert [read_note(file)["seed"] for file in newest] == [4, 9]
     restored = settings_from_note(read_note(newest[1]))
     assert (restored.seeds, restored.classes, restored.height, restored.width, restored.model) == (

@@ -166,6 +166,8 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     assert "holds a study with another sweep.reference_sha256 (" in capsys.readouterr().err
     assert sweep(*arguments, "--guidance", 1, 3, 8, "--compile") == 2  # its times would not compare
     assert "holds a study with another sweep.compile (False, now True)" in capsys.readouterr().err
+    assert sweep(*arguments, "--guidance", 1, 3, 8, "--patch-size", 4) == 2
+    assert "holds a study with another sweep.patch_size (None, now 4)" in capsys.readouterr().err
     assert sweep(model, "--reference", real, "--images", 11, "--out", out) == 2
     assert "holds a study with another sweep.images (12, now 11)" in capsys.readouterr().err
 

@@ -35,7 +35,9 @@ class Gallery:
 
     def newest(self) -> list[Path]:
         """The pictures to show, the newest first."""
-        return sorted(self.folder.glob("[!.]*.png"), reverse=True)[:SHOWN]
+        here = self.folder.resolve()  # what a link leads to elsewhere is not served
+        files = (path for path in self.folder.glob("[!.]*.png") if path.is_file() and here in path.resolve().parents)
+        return sorted(files, reverse=True)[:SHOWN]
 
     def _check(self) -> None:
         check_writable(self.folder / "picture.png")

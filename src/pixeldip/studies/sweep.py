@@ -38,6 +38,7 @@ ASKED = (
     "is_split",
     "is_order",
     "allow_resolution_mismatch",
+    "patch_size",
     "compile",
 )
 """Arguments that must be the same for all that one folder holds."""
@@ -73,9 +74,8 @@ def sweep_command(arguments: SweepArguments) -> int:
         size = pipeline.config.height, pipeline.config.width
         real = reference_images(arguments, size)
         classes = classes_like(real, pipeline)
-        options = dataclasses.replace(
-            arguments, reference="" if real else arguments.reference, patch_size=pipeline.model.config.patch_size
-        )
+        patch_size = arguments.patch_size or pipeline.model.config.patch_size
+        options = dataclasses.replace(arguments, reference="" if real else arguments.reference, patch_size=patch_size)
         if "nearest" in options.metrics and not options.train_images:
             raise UserError("nearest measures the distance to the training images: name them, --train-images")
         if not pipeline.model.config.num_classes:  # there is nothing to guide to
