@@ -52,6 +52,13 @@ def test_the_command_and_its_torch_programs(tmp_path: Path, capsys: pytest.Captu
         assert difference(package, model, 16, 8) < 1e-4
 
 
+def test_without_a_compiler_no_earlier_package_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    (tmp_path / "model.aoti.pt2").write_text("an earlier one")
+    errors = export_model(pipeline_of(), tmp_path, "torch", 16, 16, QUIET)
+    assert errors.keys() == {"model.pt2"} and not (tmp_path / "model.aoti.pt2").exists()
+
+
 def test_a_program_of_another_model_is_told_apart() -> None:
     a, b = (opened_up(DiP(**TINY_MODEL, num_classes=3), seed=seed) for seed in (1, 2))
     assert difference(a, b, 16, 16) > 0.1

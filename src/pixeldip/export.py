@@ -93,6 +93,8 @@ def export_model(
             write_json(Path(partial) / RECORD, record)
             for path in Path(partial).iterdir():
                 path.replace(out / path.name)
+            if format == "torch" and PACKAGE not in written:  # an earlier one would be of another model
+                (out / PACKAGE).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return errors
