@@ -1,5 +1,6 @@
 """The pictures a page has made: PNG files in one folder, each of which says how it was made."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -36,8 +37,9 @@ class Gallery:
     def newest(self) -> list[Path]:
         """The pictures to show, the newest first."""
         here = self.folder.resolve()  # what a link leads to elsewhere is not served
-        files = (path for path in self.folder.glob("[!.]*.png") if path.is_file() and here in path.resolve().parents)
-        return sorted(files, reverse=True)[:SHOWN]
+        named = sorted(self.folder.glob("[!.]*.png"), reverse=True)
+        pictures = (path for path in named if path.is_file() and here in path.resolve().parents)
+        return list(itertools.islice(pictures, SHOWN))
 
     def _check(self) -> None:
         check_writable(self.folder / "picture.png")

@@ -33,13 +33,14 @@ def check_output_type(output_type: str, channels: int) -> None:
 def put_out(x: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
     """Images x (B, C, H, W) in [-1, 1] as a call of the pipeline asks for them."""
     if output_type == "pil":
-        if broken := int((~x.isfinite().flatten(1).all(1)).sum()):
+        finite = x.isfinite()
+        if broken := int((~finite.flatten(1).all(1)).sum()):
             warnings.warn(
                 f"{broken} of {len(x)} images hold values that are not finite, drawn in black: let the model compute "
                 "in float32, guide less, or take another checkpoint",
                 stacklevel=4,  # the caller of the pipeline, past torch.no_grad
             )
-        return to_pil(x.where(x.isfinite(), -1))
+        return to_pil(x.where(finite, -1))
     if output_type == "latent":
         return x
     shares = (x.float() / 2 + 0.5).clamp(0, 1)

@@ -217,17 +217,14 @@ def _measure(
     with start_processes(recipe.training.device) as processes:
         pipeline = load_pipeline(str(folder), processes.device)
         measured = comparison.measure(folder, pipeline, recipe, held_out, processes, console)
-        if processes.is_main:
-            write_result(
-                folder / RESULT,
-                {
-                    **who,
-                    **measured,
-                    "images_per_second": training_rate(folder),
-                    "recipe": recipe_values(recipe),
-                    "environment": environment(processes),
-                },
-            )
+        result = {
+            **who,
+            **measured,
+            "images_per_second": training_rate(folder),
+            "recipe": recipe_values(recipe),
+            "environment": environment(processes),
+        }
+        processes.on_main(lambda: write_result(folder / RESULT, result))
 
 
 def measure_contender(
