@@ -72,12 +72,21 @@ def test_ctrl_c_before_anything_has_begun(while_importing: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_a_reader_that_has_seen_enough() -> None:
-    command = [sys.executable, "-m", "pixeldip.cli", "train", "--help"]
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
+def test_a_reader_that_has_seen_enough(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "pixeldip.cli", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full disk")
+def test_output_to_a_full_disk() -> None:
+    command = [sys.executable, "-m", "pixeldip.cli", "--help"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "pixeldip --help: what it writes to: No space left on device\n")
 
 
 @pytest.mark.parametrize(

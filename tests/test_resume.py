@@ -16,7 +16,7 @@ import pytest
 
 from pixeldip import DiPPipeline, UserError
 from pixeldip.recipe import parse_recipe, recipe_values, save_recipe
-from pixeldip.run_folder import read_evaluations, read_metrics, training_rate
+from pixeldip.run_folder import LOG, read_evaluations, read_metrics, training_rate
 from pixeldip.training import learner, train, trainer
 from pixeldip.training.preparation import check_resume
 
@@ -74,6 +74,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     recipe.training.steps = stopped + 2
     assert train(recipe, QUIET).step == stopped + 2
     assert [e["step"] for e in read_metrics(tmp_path / "run")] == list(range(1, stopped + 3))
+
+
+def test_a_reader_of_the_output_that_ends_stops_the_run_with_a_checkpoint(tmp_path: Path, picture_folder: Path) -> None:
+    """As `| tee log` at Ctrl-C, which ends tee first."""
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, training={"steps": 3000, "save_every": 3000})
+    save_recipe(recipe, tmp_path / "r.yaml")
+    command = [*TRAIN, str(tmp_path / "r.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while "step 1/" not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    stopped = newest_step(tmp_path / "run")
+    assert process.returncode == 141 and 1 < stopped < 3000
+    end = json.loads((tmp_path / "run" / LOG).read_text().splitlines()[-1])
+    assert (end["event"], end["step"], end["signal"]) == ("interrupted", stopped, signal.SIGPIPE)
 
 
 def signal_in_step(step: int, numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

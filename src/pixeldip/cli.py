@@ -2,9 +2,9 @@
 
 import contextlib
 import difflib
+import errno
 import io
 import itertools
-import os
 import re
 import shlex
 import sys
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 INTERRUPTED = 130  # what shells call a command ended by Ctrl-C
 BROKEN_PIPE = 141
+_DISKS_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 T = TypeVar("T")
 _KINDS = {"{None}|": "", "{": "", "}": "", " ": " and ", "|": " or ", "INT": "a whole number", "FLOAT": "a number"}
 """tyro's signs for what a flag takes, and what they mean."""
@@ -37,7 +38,7 @@ try:
     from .heap import keep_freed_memory
     from .recipe import ModelSection, load_recipe, parse_recipe, recipe_values
     from .settings import PlanOptions, check_flags, check_values
-    from .terminal import PlainConsole, printable, say
+    from .terminal import PlainConsole, drop_output, printable, say
 except KeyboardInterrupt:  # these take a moment, in which nothing has begun
     sys.exit(INTERRUPTED)
 
@@ -45,32 +46,48 @@ except KeyboardInterrupt:  # these take a moment, in which nothing has begun
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 2 for a user's mistake, 130 when interrupted,
     141 when nobody reads the output any more."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if argv[0] == "--version":
-        from . import __version__
-
-        print(f"pixeldip {__version__}")
-        return 0
-    name, arguments = argv[0], argv[1:]
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"perhaps {near[0]}" if near else f"there are {', '.join(COMMANDS)}"
-            raise UserError(f"no command {name!r}; {hint}")
-        keep_freed_memory()
-        return COMMANDS[name](arguments) or 0
+        try:
+            return _run(*argv)
+        finally:
+            sys.stdout.flush()  # here, where what keeps it from being written can be told
     except UserError as error:
-        PlainConsole(stderr=True).print(f"pixeldip {name}: ", style="bold red", end="")
-        print(printable(str(error)), file=sys.stderr)
+        _tell(argv[0], str(error))
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush would say it again
+        drop_output()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _DISKS_FAULTS:
+            raise
+        drop_output()
+        _tell(argv[0], f"{error.filename or 'what it writes to'}: {error.strerror}")
+        return 2
+
+
+def _run(name: str, *arguments: str) -> int:
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name == "--version":
+        from . import __version__
+
+        print(f"pixeldip {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"perhaps {near[0]}" if near else f"there are {', '.join(COMMANDS)}"
+        raise UserError(f"no command {name!r}; {hint}")
+    keep_freed_memory()
+    return COMMANDS[name](list(arguments)) or 0
+
+
+def _tell(name: str, mistake: str) -> None:
+    PlainConsole(stderr=True).print(f"pixeldip {name}: ", style="bold red", end="")
+    print(printable(mistake), file=sys.stderr)
 
 
 def _parsed(kind: type[T], prog: str, arguments: list[str], **options: Any) -> T:

@@ -1,6 +1,9 @@
 """What commands show: warnings, and of long work progress, rate and time left."""
 
+import errno
 import logging
+import os
+import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -42,13 +45,32 @@ def printable(text: str, one_line: bool = False) -> str:
 
 
 class PlainConsole(Console):
-    """A console for text with names of strangers in it: nothing in a string is markup or a control sequence."""
+    """A console for text with names of strangers in it: nothing in a string is markup or a control sequence.
+
+    Attributes:
+        when_unread: called once the reader of the output, such as `head`, has closed the pipe, and nothing is printed
+            from then on; without it, BrokenPipeError is raised, for the command line to end with.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        self.when_unread: Callable[[], None] | None = None
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls; its own way is to end the process as for a fault."""
+        if not self.when_unread:
+            raise BrokenPipeError(errno.EPIPE, "what read the output has ended")
+        drop_output()
+        self.quiet = True
+        self.when_unread()
+
+
+def drop_output() -> None:
+    """What stdout still holds goes nowhere; or Python's last flush would raise once more what has kept it there."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(console: Console, text: str, style: str = "") -> None:

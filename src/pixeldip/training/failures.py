@@ -34,7 +34,7 @@ def explaining_failures(recipe: Recipe, processes: Processes) -> Iterator[None]:
     """Raises a UserError in place of what memory, storage, a data worker or another process does to a run."""
     try:
         yield
-    except UserError:
+    except (UserError, BrokenPipeError):  # the latter of our own output
         raise
     except (MemoryError, OSError, RuntimeError) as error:
         if message := _explanation(error, recipe, processes):

@@ -66,7 +66,8 @@ class Outcome:
 def train(recipe: Recipe, console: Console | None = None) -> Outcome:
     """Trains, or resumes the run found in `recipe.out`.
 
-    SIGINT and SIGTERM end the run after the current step with a checkpoint.
+    SIGINT and SIGTERM end the run after the current step with a checkpoint, and so does a reader of the output that
+    closes the pipe.
 
     Raises:
         UserError: before any work if the recipe cannot be run, or another process trains in its folder; later if
@@ -158,7 +159,7 @@ def _steps(
     sampler = PositionSampler(training.batch_size, first_step, training.steps, parts, *share)
     stream = Batches(images, sampler, pin_memory=processes.device.type == "cuda")
     watch = Watch(training, EpochOrder(len(images), training.seed), processes)
-    with _signals() as caught, contextlib.ExitStack() as stack:
+    with _signals(console) as caught, contextlib.ExitStack() as stack:
         stack.callback(saved.abandon)
         progress = stack.enter_context(Progress(run, recipe, console, first_step, processes))
         if processes.is_main:
@@ -206,8 +207,8 @@ def _steps(
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them.
+def _signals(console: Console) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them, and SIGPIPE where the console's output is read no more.
 
     Terminals and schedulers send them to all processes of a run, and torchrun passes them on once more, so a repeated
     one says nothing new; but SIGINT seconds later is a person who will not wait.
@@ -224,8 +225,12 @@ def _signals() -> Iterator[list[int]]:
             signal.default_int_handler(number, frame)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    if isinstance(console, PlainConsole):
+        console.when_unread = lambda: caught.append(signal.SIGPIPE)
     try:
         yield caught
     finally:
+        if isinstance(console, PlainConsole):
+            console.when_unread = None
         for number, handler in previous.items():
             signal.signal(number, handler)
