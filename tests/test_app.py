@@ -265,6 +265,17 @@ def test_only_offered_models_are_loaded(tmp_path: Path) -> None:
         Models(("nowhere/at/all",), [], torch.device("cpu"), torch.float32)
 
 
+def test_a_model_is_known_by_any_spelling_of_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (saved_model(tmp_path / "models" / "a", 16) / LOG).touch()
+    monkeypatch.chdir(tmp_path)
+    models = Models(("models/a/", "./models/a"), [tmp_path / "models"], torch.device("cpu"), torch.float32)
+    assert models.names() == models.runs() == ["models/a/"]
+    for spelling in ("models/a", "./models/a/", str(tmp_path / "models" / "a"), "models/../models/a"):
+        assert models.offered(spelling) == "models/a/"
+    for other in ("a", "models", "owner/name", "~nobody/a", "a\0b", "a" * 5000):
+        assert models.offered(other) is None
+
+
 def test_a_gallery_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):

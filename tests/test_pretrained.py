@@ -231,7 +231,7 @@ def test_merging_leaves_the_original_alone(trained: DiPPipeline) -> None:
     [
         ({"pretrained": "nowhere"}, "model.pretrained: nowhere: no such folder"),
         ({"pretrained": "no.ckpt"}, "model.pretrained: no.ckpt: no such file"),
-        ({"pretrained": "some/hub-id"}, "model.pretrained: some/hub-id: cannot be loaded"),
+        ({"pretrained": "some/hub-id"}, "model.pretrained: some/hub-id: no such folder here, and from the hub"),
         ({"preset": "dip-s/16"}, "give one of them"),
         ({"prediction": "noise"}, "predicts the velocity"),
         ({"patch_size": 7}, "multiples of 7"),

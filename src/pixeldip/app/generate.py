@@ -180,9 +180,9 @@ def _restored(models: Models, limits: Limits, file: str, current: str | None) ->
     here."""
     note = read_note(Path(file))
     settings = settings_from_note(note)
-    name, notes = settings.model, []
-    if name not in models.names():
-        notes.append(f"the model it was made by is not offered here ({name})")
+    name, notes = models.offered(settings.model), []
+    if name is None:
+        notes.append(f"the model it was made by is not offered here ({settings.model})")
         name = current
     if note.get("precision") not in (None, precision_name(models.precision)):
         notes.append(f"it was made in {note['precision']}, and the page computes in another precision")

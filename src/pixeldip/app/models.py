@@ -1,5 +1,6 @@
 """The models a page offers, and those that are in memory."""
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,15 +35,17 @@ class Models:
 
     def names(self) -> list[str]:
         """As of now: a run appears with its first checkpoint."""
-        found = [str(folder) for folder in self._sub_folders() if names_a_model(str(folder))]
-        return list(dict.fromkeys([*self.named, *found]))
+        return list(self._offered().values())
+
+    def offered(self, name: str) -> str | None:
+        """The model's name here, given any spelling of its path; None if it is not offered."""
+        return self._offered().get(_place(name))
 
     def runs(self) -> list[str]:
         """Run folders that have begun to train, the one written last first."""
-        named = [Path(name) for name in self.named if Path(name).is_dir()]
-        runs = {folder: folder / LOG for folder in [*named, *self._sub_folders()]}
-        begun = {folder: log.stat().st_mtime for folder, log in runs.items() if log.is_file()}
-        return [str(folder) for folder in sorted(begun, key=begun.__getitem__, reverse=True)]
+        folders = _first_by_place([*self.named, *map(str, self._sub_folders())]).values()
+        begun = {name: log.stat().st_mtime for name in folders if (log := Path(name, LOG)).is_file()}
+        return sorted(begun, key=begun.__getitem__, reverse=True)
 
     def load(self, name: str) -> DiPPipeline:
         """The model; of a run, its newest checkpoint.
@@ -62,6 +65,11 @@ class Models:
                 del self._loaded[next(iter(self._loaded))]
         return pipeline
 
+    def _offered(self) -> dict[str, str]:
+        """Names by place."""
+        found = [str(folder) for folder in self._sub_folders() if names_a_model(str(folder))]
+        return _first_by_place([*self.named, *found])
+
     def _sub_folders(self) -> list[Path]:
         return [
             path
@@ -70,3 +78,16 @@ class Models:
             for path in sorted(folder.iterdir())
             if path.is_dir() and not path.name.startswith(".")
         ]
+
+
+def _first_by_place(names: Sequence[str]) -> dict[str, str]:
+    """The first spelling of each folder's path, and each hub id, by what is the same for all spellings."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(_place(name), name)
+    return first
+
+
+def _place(name: str) -> str:
+    path = os.path.expanduser(name)
+    return os.path.realpath(path) if os.path.isdir(path) else name

@@ -48,7 +48,8 @@ class SavingMixin:
         except UserError:
             raise
         except Exception as error:  # diffusers and the hub's client raise many kinds
-            raise UserError(f"{name}: cannot be loaded ({in_one_line(error)})") from error
+            hub = "" if Path(where).is_dir() else "no such folder here, and from the hub it "
+            raise UserError(f"{name}: {hub}cannot be loaded ({in_one_line(error)})") from error
         pipeline._origin = folder if folder.is_dir() else None
         return pipeline
 
