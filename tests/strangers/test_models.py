@@ -153,10 +153,7 @@ def test_a_hub_repository_is_looked_through_before_it_is_loaded(
     changed_json(snapshot / "model" / "config.json", hidden_size=80_000)
     with pytest.raises(UserError, match=r"config\.json tells of [\d,]+ weights"):
         DiPPipeline.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
-    with pytest.raises(
-        UserError,
-        match=r"owner/other: no such folder here, and from the hub it cannot be loaded \(.* and an error occurred .*\)$",
-    ):
+    with pytest.raises(UserError, match=r"owner/other: no such folder here, and from the hub it cannot be loaded \("):
         DiPPipeline.from_pretrained("owner/other", cache_dir=tmp_path / "cache")
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from ..arguments import StudyArguments
 from ..data import Source, open_source
 from ..errors import UserError
-from ..files import file_sha256
+from ..files import file_sha256, writing
 from ..images import grid
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes
@@ -232,15 +232,15 @@ def measure_contender(
 ) -> dict[str, Any]:
     """Quality, and a grid of samples beside the run: the `measure` of the paper's comparisons."""
     quality = measure_quality(pipeline, recipe, held_out, processes, console)
-    if processes.is_main:
-        precision = choose_precision(recipe.training.precision, processes.device)
-        shown = SampledImages(pipeline, recipe.evaluation, range(GRID_IMAGES), precision=precision)
-        _grid(shown).save(folder / SAMPLES)
+    precision = choose_precision(recipe.training.precision, processes.device)
+    shown = SampledImages(pipeline, recipe.evaluation, range(GRID_IMAGES), precision=precision)
+    processes.on_main(lambda: _save_grid(shown, folder / SAMPLES))
     return quality
 
 
-def _grid(images: SampledImages) -> Image.Image:
-    return grid([Image.fromarray(pixels) for pixels in images.read(0, len(images))], 9)
+def _save_grid(images: SampledImages, path: Path) -> None:
+    with writing(path):
+        grid([Image.fromarray(pixels) for pixels in images.read(0, len(images))], 9).save(path)
 
 
 def _costs(out: Path, recipes: Mapping[str, Recipe], num_classes: int, processes: Processes) -> None:

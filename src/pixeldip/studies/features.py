@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import NpzFile, Source, open_source
 from ..errors import UserError
 from ..evaluation.image_sets import SourceImages
+from ..files import writing
 from ..flow import Stream, fold_seed, interpolate, seeded_normal
 from ..images import from_uint8
 from ..model import DiP
@@ -103,19 +104,23 @@ def measure_features(
     Clusters are those of the held-out images, and of the training images too where some class has fewer than two
     held-out ones.
     """
-    if not processes.is_main:
-        return {}
+    device = processes.device
+    return processes.on_main(lambda: _measured(folder, pipeline, recipe, held_out, device, console))
+
+
+def _measured(
+    folder: Path, pipeline: DiPPipeline, recipe: Recipe, held_out: Source, device: torch.device, console: Console
+) -> dict[str, Any]:
     size = image_size(recipe.data)
     training = open_source(recipe.data)
     train, train_labels = _labelled(training, size, -(-PROBE_IMAGES // len(training.class_names)))
     test, test_labels = _labelled(held_out, size, PER_CLASS)
-    model, precision = pipeline.model, choose_precision(recipe.training.precision, processes.device)
+    model, precision = pipeline.model, choose_precision(recipe.training.precision, device)
     depth = model.config.depth
     blocks = {"middle": max(1, depth // 2), "last": depth}
     with console.status("features"):
         ours, theirs = (
-            block_features(model, images, list(blocks.values()), processes.device, precision)
-            for images in (train, test)
+            block_features(model, images, list(blocks.values()), device, precision) for images in (train, test)
         )
     pixels = [images.flatten(1).numpy().astype(np.float32) for images in (train, test)]
     with_training = np.bincount(test_labels, minlength=len(held_out.class_names)).min() < 2
@@ -128,7 +133,8 @@ def measure_features(
     for name, block in blocks.items():
         numbers[f"probe_{name}"] = probe_accuracy(ours[block], train_labels, theirs[block], test_labels)
         numbers[f"silhouette_{name}"] = silhouette(clustered(ours[block], theirs[block]), labels)
-    np.savez_compressed(folder / FILE, features=clustered(ours[depth], theirs[depth]), labels=labels)
+    with writing(folder / FILE):
+        np.savez_compressed(folder / FILE, features=clustered(ours[depth], theirs[depth]), labels=labels)
     return {
         "features": numbers,
         "pixels": {
