@@ -16,7 +16,7 @@ import pytest
 
 from pixeldip import DiPPipeline, UserError
 from pixeldip.recipe import parse_recipe, recipe_values, save_recipe
-from pixeldip.run_folder import LOG, read_evaluations, read_metrics, training_rate
+from pixeldip.run_folder import LOG, read_evaluations, read_events, read_metrics, training_rate
 from pixeldip.training import learner, train, trainer
 from pixeldip.training.preparation import check_resume
 
@@ -118,6 +118,33 @@ def test_a_signal_ends_the_run_with_the_step_that_it_came_in(
     assert (outcome.step, outcome.interrupted_by) == (step, by) and newest_step(tmp_path / "run") == step
     assert [entry["step"] for entry in read_evaluations(tmp_path / "run")] == ([] if by else [6])
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before  # of what comes next
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_evaluation_that_a_signal_left_out_is_the_first_thing_of_the_resumed_run(
+    step: int, tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = {"every": 2, "images": 4, "steps": 1, "metrics": ["boundary"]}
+    straight, recipe = (tiny_recipe(tmp_path / name, picture_folder, evaluation=evaluation) for name in "ab")
+    train(straight, QUIET)
+    with monkeypatch.context() as patch:
+        signal_in_step(step, [signal.SIGTERM], patch)
+        assert train(recipe, QUIET).step == step
+    assert [entry["step"] for entry in read_evaluations(tmp_path / "b")] == list(range(2, step, 2))
+    train(recipe, QUIET)
+    measured = [[(e["step"], e["metrics"]) for e in read_evaluations(tmp_path / name)] for name in "ab"]
+    assert measured[0] == measured[1]
+
+
+def test_the_evaluation_of_the_last_step_is_made_up_for(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder)
+    train(recipe, QUIET)
+    recipe.evaluation = dataclasses.replace(recipe.evaluation, every=5, images=4, steps=1, metrics=("boundary",))
+    recipe.data.in_memory, recipe.data.workers = False, 1
+    for _ in range(2):
+        assert train(recipe, QUIET).step == 6
+    evaluations = read_events(tmp_path / "run", "evaluation")
+    assert [entry["step"] for entry in evaluations] == [6] and newest_step(tmp_path / "run") == 6
 
 
 def test_ctrl_c_again_some_seconds_later_does_not_wait_for_a_checkpoint(

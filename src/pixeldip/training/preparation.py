@@ -22,7 +22,7 @@ from ..model import DiP, check_size, preset_config
 from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
 from ..recipe import DataSection, ModelSection, Recipe, flatten, image_size, load_recipe, recipe_values, save_recipe
-from ..run_folder import DATA, ENVIRONMENT, PREVIEWS, RECIPE, START, newest_checkpoint, read_metrics
+from ..run_folder import DATA, ENVIRONMENT, PREVIEWS, RECIPE, START, newest_checkpoint, read_evaluations, read_metrics
 from ..saved_model import INDEX
 from ..terminal import say
 from .pretrained import Start
@@ -198,6 +198,13 @@ def changed_rate(run: Path, recipe: Recipe, step: int) -> list[str]:
         f"the learning rate was {was:.2g} at step {step} of {before.training.steps}, and goes on at {now:.2g}: it "
         f"follows the schedule of {recipe.training.steps} steps"
     ]
+
+
+def left_out_evaluation(run: Path, recipe: Recipe, step: int) -> bool:
+    """Whether the evaluation due at a run's last step was left out, for a signal or the end of its process."""
+    every, steps = recipe.evaluation.every, recipe.training.steps
+    is_due = 0 < step <= steps and bool(every) and (step % every == 0 or step == steps)
+    return is_due and all(entry["step"] != step for entry in read_evaluations(run))
 
 
 def untrained_guidance(recipe: Recipe, source: Source) -> list[str]:

@@ -34,6 +34,7 @@ from .preparation import (
     check_recipe,
     check_resume,
     introduce,
+    left_out_evaluation,
     not_compared,
     open_data,
     prepare_run_folder,
@@ -112,7 +113,7 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
             add_adapters(model, recipe.model, train_classes=bool(start.classes_new))
     learner = Learner(recipe, model, processes)
     first_step = load_checkpoint(checkpoint, learner.network, learner.ema, learner.optimizer) if checkpoint else 0
-    if first_step >= training.steps:
+    if first_step >= training.steps and not processes.on_main(lambda: left_out_evaluation(run, recipe, first_step)):
         say(console, f"{run}: all {first_step} steps are done; raise --training.steps to go on")
         return Outcome(run, first_step)
     images = TrainingImages(source, recipe.data, training.seed)
@@ -164,6 +165,10 @@ def _steps(
         progress = stack.enter_context(Progress(run, recipe, console, first_step, processes))
         if processes.is_main:
             progress.event("start", **started, **restart(processes))
+        if processes.on_main(lambda: left_out_evaluation(run, recipe, first_step)):
+            began = time.perf_counter()
+            progress.evaluation(first_step, evaluator.evaluate(whole_model(learner.ema.model), pipeline))
+            progress.pause(time.perf_counter() - began)
         for step in range(first_step, training.steps):
             learner.step(step, itertools.islice(stream, parts), watch)
 
