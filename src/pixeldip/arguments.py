@@ -118,7 +118,7 @@ class StudyArguments:
     name: tyro.conf.Positional[str] = tyro.MISSING
     """heads, scaling, placement, head-config, patch-size, prediction (comparisons), overfit or features."""
     scale: Literal["laptop", "gpu", "paper"] = "laptop"
-    """laptop: an hour at most on 2 cores; gpu: 25 minutes of one large GPU; paper: the full recipe, for a cluster."""
+    """laptop: about an hour on 2 cores; gpu: 25 minutes of one large GPU; paper: the full recipe, for a cluster."""
     recipe: str = ""
     """What all contenders train, a recipe's name or .yaml file; by default study-SCALE. What they change in it stays
     the scale's."""

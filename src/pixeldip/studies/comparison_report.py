@@ -185,7 +185,7 @@ def paper_table(study: Study, contenders: Sequence[Contender]) -> list[list[str]
 
 def facts(settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What all runs of a study share, for people."""
-    recipe, environment = settings["recipe"], results[0]["environment"]
+    recipe = settings["recipe"]
     training, resolution = recipe["training"], recipe["data"]["resolution"]
     size = f"{resolution}×{resolution}" if isinstance(resolution, int) else "×".join(map(str, resolution))
     held_out = settings["held_out"]
@@ -197,7 +197,7 @@ def facts(settings: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[s
         "Training": f"{training['steps']} steps of {training['batch_size']} images, the same for all; "
         f"learning rate {recipe['optimizer']['lr']:g}, {recipe['optimizer']['schedule']}; "
         f"{clock(sum(images / result['images_per_second'] for result in results))} in all",
-        "Machine": machine(environment),
+        "Machine": ", and ".join(dict.fromkeys(machine(result["environment"]) for result in results)),
     }
 
 

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ..errors import UserError, in_one_line
 from ..evaluation import Evaluation
+from ..files import write_text
 from ..processes import Processes
 from ..recipe import Recipe, recipe_values
 from ..run_folder import LOG
@@ -30,9 +33,9 @@ class Progress:
         self.started = time.perf_counter()
         self.paused = 0.0
         self._waited = 0.0
-        path, trackers = (run / LOG, recipe.logging.trackers) if processes.is_main else (Path(os.devnull), ())
-        self.trackers = [_TRACKERS[name](run, recipe, first_step) for name in trackers]
-        self._log = path.open("a+b")
+        names = recipe.logging.trackers if processes.is_main else ()
+        self.trackers = processes.together(lambda: [_tracker(name, run, recipe, first_step) for name in names])
+        self._log = (run / LOG if processes.is_main else Path(os.devnull)).open("a+b")
         self._end_half_a_line()
         self._status = console.status("starting") if console.is_terminal and processes.is_main else None
         self._window = (self.started, first_step)
@@ -133,6 +136,13 @@ def _named(entry: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
 
 
+def _tracker(name: str, run: Path, recipe: Recipe, first_step: int) -> Any:
+    try:
+        return _TRACKERS[name](run, recipe, first_step)
+    except Exception as error:  # of their own kinds, such as wandb's of a missing key
+        raise UserError(f"logging.trackers: {name} cannot be started ({in_one_line(error)})") from error
+
+
 class _TensorBoard:
     def __init__(self, run: Path, recipe: Recipe, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -148,11 +158,9 @@ class _TensorBoard:
 
 
 class _WandbLike:
-    package: str
-
-    def __init__(self, run: Path, recipe: Recipe, first_step: int):
-        self.module = importlib.import_module(self.package)
-        self.module.init(project=recipe.logging.project, name=run.name, config=recipe_values(recipe), resume="allow")
+    def __init__(self, package: str, run: Path, recipe: Recipe, **options: Any):
+        self.module = importlib.import_module(package)
+        self.module.init(project=recipe.logging.project, name=run.name, config=recipe_values(recipe), **options)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)
@@ -162,11 +170,18 @@ class _WandbLike:
 
 
 class _Wandb(_WandbLike):
-    package = "wandb"
+    def __init__(self, run: Path, recipe: Recipe, first_step: int):
+        file = run / "wandb" / "run-id"  # wandb knows its runs by ids of their own, which a resume gives once more
+        if not first_step or not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, secrets.token_hex(4))
+        super().__init__("wandb", run, recipe, dir=run, id=file.read_text(encoding="utf-8"), resume="allow")
 
 
 class _Trackio(_WandbLike):
-    package = "trackio"
+    def __init__(self, run: Path, recipe: Recipe, first_step: int):
+        # resumed by its name, which another run may have had
+        super().__init__("trackio", run, recipe, resume="allow" if first_step else "never")
 
 
 _TRACKERS: dict[str, type] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
