@@ -1,11 +1,14 @@
 """What a person types, and what comes back."""
 
+import contextlib
 import gc
 import json
+import os
 import platform
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +22,7 @@ from rich.console import Console
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.cli import COMMANDS, main
 from pixeldip.images import display_scale, from_uint8, grid, to_uint8
-from pixeldip.recipe import parse_recipe
+from pixeldip.recipe import parse_recipe, save_recipe
 from pixeldip.run_folder import newest_checkpoint
 from pixeldip.sampling import SampledImages, deal_classes, parse_seeds
 from pixeldip.settings import SamplingSettings
@@ -306,6 +309,32 @@ def test_trackers(tmp_path: Path, picture_folder: Path) -> None:
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_goes_on_in_its_tracker_and_one_of_the_same_name_does_not(
+    tmp_path: Path, picture_folder: Path
+) -> None:
+    """By a process of its own: trackio reads where to write as it is imported."""
+    pytest.importorskip("trackio")
+    command = [sys.executable, "-m", "pixeldip.cli", "train"]
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    for out, steps in (("a", 3), ("a", 6), ("b", 2)):
+        run = tmp_path / out / "run"
+        recipe = tiny_recipe(run, picture_folder, training={"steps": steps}, logging={"trackers": ["trackio"]})
+        save_recipe(recipe, tmp_path / "r.yaml")
+        subprocess.run([*command, str(tmp_path / "r.yaml")], env=environment, check=True, capture_output=True)
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "pixeldip.db")) as database:
+        rows = database.execute("select run_id, step from metrics order by id").fetchall()
+    runs = list(dict.fromkeys(run for run, _ in rows))
+    assert [[step for run, step in rows if run == each] for each in runs] == [[1, 2, 3, 4, 5, 6], [1, 2]]
+
+
+def test_a_tracker_that_cannot_be_started(tmp_path: Path, picture_folder: Path) -> None:
+    recipe = tiny_recipe(tmp_path / "run", picture_folder, logging={"trackers": ["tensorboard"]})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").touch()
+    with pytest.raises(UserError, match=r"logging\.trackers: tensorboard cannot be started \(.*File exists"):
+        train(recipe, Console(quiet=True))
 
 
 def test_a_tracker_that_is_not_installed(tmp_path: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
