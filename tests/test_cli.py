@@ -316,13 +316,15 @@ def test_a_resumed_run_goes_on_in_its_tracker_and_one_of_the_same_name_does_not(
 ) -> None:
     """By a process of its own: trackio reads where to write as it is imported."""
     pytest.importorskip("trackio")
-    command = [sys.executable, "-m", "pixeldip.cli", "train"]
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    recipes = []
     for out, steps in (("a", 3), ("a", 6), ("b", 2)):
         run = tmp_path / out / "run"
         recipe = tiny_recipe(run, picture_folder, training={"steps": steps}, logging={"trackers": ["trackio"]})
-        save_recipe(recipe, tmp_path / "r.yaml")
-        subprocess.run([*command, str(tmp_path / "r.yaml")], env=environment, check=True, capture_output=True)
+        recipes.append(str(tmp_path / f"{len(recipes)}.yaml"))
+        save_recipe(recipe, Path(recipes[-1]))
+    code = "import sys; from pixeldip.cli import main; sys.exit(any(main(['train', each]) for each in sys.argv[1:]))"
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", code, *recipes], env=environment, check=True, capture_output=True)
     with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "pixeldip.db")) as database:
         rows = database.execute("select run_id, step from metrics order by id").fetchall()
     runs = list(dict.fromkeys(run for run, _ in rows))
