@@ -317,7 +317,7 @@ def test_a_resumed_run_goes_on_in_its_tracker_and_one_of_the_same_name_does_not(
     """By a process of its own: trackio reads where to write as it is imported."""
     pytest.importorskip("trackio")
     recipes = []
-    for out, steps in (("a", 3), ("a", 6), ("b", 2)):
+    for out, steps in (("a", 3), ("b", 2), ("a", 6)):
         run = tmp_path / out / "run"
         recipe = tiny_recipe(run, picture_folder, training={"steps": steps}, logging={"trackers": ["trackio"]})
         recipes.append(str(tmp_path / f"{len(recipes)}.yaml"))

@@ -55,8 +55,8 @@ def three(server: subprocess.Popen) -> Iterator[list[subprocess.Popen]]:
     time.sleep(2 * BEAT)  # all have heard of each other
     yield processes
     for process in processes:
-        process.kill()
-        process.communicate()
+        with process:
+            process.kill()
 
 
 def send(processes: list[subprocess.Popen], number: int) -> None:
@@ -87,6 +87,13 @@ def test_a_process_that_is_gone_ends_the_others(gone: int, three: list[subproces
     for process in (process for rank, process in enumerate(three) if rank != gone):
         status, errors = ended(process)
         assert status == 2 and f"process {gone} of 3, on " in errors and "has fallen silent; give" in errors
+
+
+def test_a_process_whose_errors_nobody_reads_ends_too(three: list[subprocess.Popen]) -> None:
+    main, one, _ = three
+    main.stderr.close()
+    send([one], signal.SIGSTOP)
+    assert main.wait(PATIENCE) == 2
 
 
 def test_who_ends_by_an_error_is_missed(three: list[subprocess.Popen]) -> None:

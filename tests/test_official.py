@@ -168,6 +168,13 @@ def test_raw_weights_are_the_other_ones(checkpoint: Path, tmp_path: Path) -> Non
         assert raw.detailer.out.weight.abs().max() == 0
 
 
+def test_weights_without_prefixes_are_one_set(tmp_path: Path) -> None:
+    torch.save(tensors(), tmp_path / "x.ckpt")
+    load_release(tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="holds one set of weights, whose names do not say which; leave --weights out"):
+        load_release(tmp_path / "x.ckpt", weights="model")
+
+
 class Bomb:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("bomb-went-off"),))

@@ -186,3 +186,31 @@ def test_the_card_and_the_network_know_what_is_fused(pipeline: DiPPipeline, tmp_
     torch.testing.assert_close(output(), adapted, rtol=1e-4, atol=1e-4)
     pipeline.save_pretrained(tmp_path / "with")
     assert "were fused into these weights: a. " in (tmp_path / "with" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_deleted_adapter_leaves_its_layers_as_they_were(
+    is_fused: bool, pipeline: DiPPipeline, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "down.0", "merge.0"], init_lora_weights=False)
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8]), torch.tensor([0, 1])
+    with torch.no_grad():
+        plain = pipeline.model(*inputs)
+        pipeline.model.add_adapter(config, "a")
+        adapted = pipeline.model(*inputs)
+        pipeline.model.add_adapter(config, "b")
+        if is_fused:
+            pipeline.fuse_lora(adapter_names=["a"])
+        pipeline.delete_adapters("a")
+        if is_fused:
+            pipeline.unfuse_lora()  # which cannot take out what is deleted
+        pipeline.delete_adapters(["b"])
+        expected = adapted if is_fused else plain
+        assert (adapted - plain).abs().max() > 0.01
+        torch.testing.assert_close(pipeline.model(*inputs), expected, rtol=1e-4, atol=1e-4)
+        pipeline.save_pretrained(tmp_path)
+        torch.testing.assert_close(DiPPipeline.from_pretrained(tmp_path).model(*inputs), expected, rtol=1e-4, atol=1e-4)
+    assert ("were fused into these weights: a. " in (tmp_path / "README.md").read_text()) == is_fused
+    pipeline.model.quantize_to_int8()
+    assert pipeline.model.in_int8

@@ -38,7 +38,12 @@ def test_folder_without_classes(picture_folder: Path) -> None:
     ("moved", "used", "classes", "told"),
     [
         ({}, 12, 2, ()),
-        ({"ant/0.png": ".hidden/0.png", "bee/0.png": "bee/__0.png"}, 11, 2, ()),
+        ({"ant/0.png": "ant/.0.png", "bee/0.png": "bee/__0.png"}, 11, 2, ()),
+        (
+            {"ant/0.png": ".hidden/0.png", "bee/0.png": "__bee/0.png", "bee/1.png": "__MACOSX/._1.png"},
+            *(9, 2),
+            ("folders passed over, since their names begin with . or __ (.hidden, __bee); rename them if their",),
+        ),
         ({"ant/0.png": "ant/test.txt"}, 11, 2, ()),
         (
             {"ant/0.png": "cover.png"},

@@ -127,7 +127,7 @@ def convert_checkpoint(path: Path, out: Path, weights: str = "ema", resolution: 
     check_writable(out / "model_index.json")
     pipeline.save_pretrained(out)
     size = f"{pipeline.config.height}x{pipeline.config.width}"
-    print(f"{path}: {model.num_parameters():,} parameters ({weights} weights), {size}, written to {out}")
+    print(f"{path}: {model.num_parameters():,} parameters, {size}, written to {out}")
 
 
 def infer_config(tensors: dict[str, Tensor], path: str | Path = "checkpoint") -> dict[str, int | float | str]:
@@ -203,6 +203,8 @@ def _network_tensors(path: Path, weights: str) -> dict[str, Tensor]:
     if not tensors and any(name.startswith(tuple(PREFIXES.values())) for name in named):
         other = next(key for key in PREFIXES if key != weights)
         raise UserError(f"{path}: holds no {prefix}* tensors; try weights={other!r} (--weights {other})")
+    if not tensors and weights != "ema":
+        raise UserError(f"{path}: holds one set of weights, whose names do not say which; leave --weights out")
     tensors = tensors or named
     for name, value in tensors.items():
         if not isinstance(value, Tensor):

@@ -102,7 +102,8 @@ class _Watchdog:
             os._exit(_STATUS)
 
     def _say(self, message: str) -> None:
-        print(f"pixeldip: process {self.rank} of {self.world_size}: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # where nobody reads it any more, what follows matters all the more
+            print(f"pixeldip: process {self.rank} of {self.world_size}: {message}", file=sys.stderr, flush=True)
 
 
 def _name(rank: int) -> str:

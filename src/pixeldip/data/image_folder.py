@@ -53,6 +53,18 @@ def walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str,
         yield from walk(os.path.join(folder, name), (*above, real))
 
 
+def _hidden_folders(folder: str) -> list[str]:
+    """Those in a folder that `walk` leaves out, if there are images in them."""
+    hidden = []
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "__")) and os.path.isdir(entry):
+                with contextlib.suppress(PermissionError):
+                    if any(is_image(name) and not name.startswith(".") for name in os.listdir(entry)):
+                        hidden.append(entry.path)
+    return sorted(hidden)
+
+
 @functools.cache
 def _image_suffixes() -> frozenset[str]:
     """Those that `imagefolder` goes by."""
@@ -74,6 +86,7 @@ class Pictures:
         files: the images of the split; those that a metadata file does not name will be left out.
         metadata: files that name images and tell their columns.
         others: files that may be images and are passed over, by suffix.
+        hidden: folders with images that are passed over for their names.
         no_files: as of a `Source`.
         held: images of all splits.
     """
@@ -82,6 +95,7 @@ class Pictures:
     files: list[str]
     metadata: list[str]
     others: Mapping[str, int]
+    hidden: list[str]
     no_files: tuple[str, ...]
     held: int
 
@@ -132,6 +146,11 @@ class Pictures:
             )
         if self.others:
             yield passed_over(self.others)
+        if self.hidden:
+            yield (
+                f"folders passed over, since their names begin with . or __ ({some(self._short(self.hidden))}); rename "
+                "them if their images are meant to be used"
+            )
 
     def _short(self, files: list[str]) -> list[str]:
         return [printable(os.path.relpath(file, self.folder), one_line=True) for file in files]
@@ -153,7 +172,7 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
 
     path = path.resolve()
     root = path / split if (path / split).is_dir() else path
-    linked, no_files, held, told = [], [], 0, False
+    linked, no_files, hidden, held, told = [], [], [], 0, False
     for folder, names in walk(path):
         inside = Path(folder).is_relative_to(root)
         if inside and {RECIPE, LOG} <= set(names):
@@ -161,6 +180,8 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
                 f"{printable(folder, one_line=True)} is a run folder, whose samples are images, too; move it away, or "
                 "give a folder that holds the images alone"
             )
+        if inside:
+            hidden += _hidden_folders(folder)
         if os.path.islink(folder) and inside:
             linked.append(folder)
         for file in (os.path.join(folder, name) for name in names if is_image(name)):
@@ -189,5 +210,5 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
             metadata.append(file)
         elif suffix in OTHER_PICTURES:
             others[suffix] += 1
-    pictures = Pictures(str(path), images, metadata, others, tuple(no_files), held)
+    pictures = Pictures(str(path), images, metadata, others, hidden, tuple(no_files), held)
     return {"data_files": {split: by_split[split]}}, pictures

@@ -127,6 +127,13 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Names of the adapters (LoRA) that are loaded, fused ones included."""
         return list(getattr(self, "peft_config", ()))
 
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As in diffusers; with the last one the layers become what they were before the first, so that the model can
+        be saved again."""
+        super().delete_adapters(adapter_names)
+        if not self.adapters:
+            self.unload_lora()
+
     def quantize_to_int8(self) -> None:
         """From now on, for inference, the linear layers of the backbone's attention and MLPs multiply 8-bit integers,
         weights rounded once for all, tokens as they come. The input of each MLP's last one has outliers: it is rotated.

@@ -98,6 +98,13 @@ class LoRAMixin(LoraBaseMixin):
         self._merged_adapters = set(self._fused_for_good)
         self.model.forget_kernels()
 
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """As elsewhere in diffusers: what is fused stays in the weights."""
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        self._fused_for_good = self._fused_for_good | (self._fused_now() & names)
+        super().delete_adapters(adapter_names)
+        self.model.forget_kernels()
+
     def _components(self, names: str | Sequence[str] | None) -> list[str]:
         return [names] if isinstance(names, str) else list(names or self._lora_loadable_modules)
 

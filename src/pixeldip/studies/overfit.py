@@ -165,6 +165,7 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
         "stages": f"After {', '.join(map(str, steps))} steps: {', below it '.join(results)}; seed 0.",
         "over_time": data_uri(over_time),
         "curve": curve,
+        "half_way": _half_way(first, training),
         "table": [_row(label, result, training) for label, result in results.items()],
         "facts": {
             "Photograph": f"{photo.name}, cropped and scaled to {side[0]}×{side[1]}",
@@ -179,9 +180,14 @@ def _write_report(out: Path, scale: Scale, photo: Path) -> Path:
     return write_pages(out, "overfit", content)
 
 
+def _half_way(result: dict[str, Any], training: dict[str, Any]) -> int:
+    """The step nearest to half of all that was measured."""
+    return min(map(int, result["psnr"]), key=lambda step: abs(step - training["steps"] / 2))
+
+
 def _row(label: str, result: dict[str, Any], training: dict[str, Any]) -> list[str]:
     curve = {int(step): value for step, value in result["psnr"].items()}
-    half = curve[min(curve, key=lambda step: abs(step - training["steps"] / 2))]
+    half = curve[_half_way(result, training)]
     loss = np.mean([loss for step, loss in result["loss"].items() if int(step) > 0.9 * training["steps"]])
     seconds = training["steps"] * training["batch_size"] / result["images_per_second"]
     return [label, f"{half:.1f} dB", f"{curve[max(curve)]:.1f} dB", f"{loss:.3g}", clock(seconds)]

@@ -158,9 +158,23 @@ class _TensorBoard:
 
 
 class _WandbLike:
-    def __init__(self, package: str, run: Path, recipe: Recipe, **options: Any):
-        self.module = importlib.import_module(package)
-        self.module.init(project=recipe.logging.project, name=run.name, config=recipe_values(recipe), **options)
+    """Which knows a run, also when it is resumed, by an id of its own or by its name."""
+
+    package: str
+
+    def __init__(self, run: Path, recipe: Recipe, first_step: int):
+        self.module = importlib.import_module(self.package)
+        file = run / self.package / "run-id"
+        if not first_step or not file.is_file():
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, secrets.token_hex(4))
+        known_by = self.known_by(run, file.read_text(encoding="utf-8"))
+        values = recipe_values(recipe)
+        self.module.init(project=recipe.logging.project, config=values, resume="allow", **known_by)
+
+    @staticmethod
+    def known_by(run: Path, run_id: str) -> dict[str, Any]:
+        raise NotImplementedError
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)
@@ -170,18 +184,19 @@ class _WandbLike:
 
 
 class _Wandb(_WandbLike):
-    def __init__(self, run: Path, recipe: Recipe, first_step: int):
-        file = run / "wandb" / "run-id"  # wandb knows its runs by ids of their own, which a resume gives once more
-        if not first_step or not file.is_file():
-            file.parent.mkdir(exist_ok=True)
-            write_text(file, secrets.token_hex(4))
-        super().__init__("wandb", run, recipe, dir=run, id=file.read_text(encoding="utf-8"), resume="allow")
+    package = "wandb"
+
+    @staticmethod
+    def known_by(run: Path, run_id: str) -> dict[str, Any]:
+        return {"dir": run, "id": run_id, "name": run.name}
 
 
 class _Trackio(_WandbLike):
-    def __init__(self, run: Path, recipe: Recipe, first_step: int):
-        # resumed by its name, which another run may have had
-        super().__init__("trackio", run, recipe, resume="allow" if first_step else "never")
+    package = "trackio"
+
+    @staticmethod
+    def known_by(run: Path, run_id: str) -> dict[str, Any]:
+        return {"name": f"{run.name}-{run_id}"}
 
 
 _TRACKERS: dict[str, type] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
