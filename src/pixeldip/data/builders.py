@@ -48,7 +48,7 @@ def _in_folder(source: str, path: Path, split: str) -> tuple[str, dict[str, Any]
     shards: dict[str, list[str]] = {suffix: [] for suffix in BUILDERS}
     others: Counter[str] = Counter()
     has_images = False
-    for count, (folder, names) in enumerate(walk(path)):
+    for count, (folder, names, _) in enumerate(walk(path)):
         if count == _MOST_FOLDERS:
             raise UserError(f"{source}: more than {_MOST_FOLDERS} folders, those behind links included")
         for name in names:

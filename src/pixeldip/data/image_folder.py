@@ -34,35 +34,25 @@ OTHER_PICTURES = {
 """Of files that may be pictures, and that `imagefolder` passes over."""
 
 
-def walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """A folder and those in it, links to folders included, each with the names of its files.
+def walk(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[tuple[str, list[str], list[str]]]:
+    """A folder and those in it, links to folders included, each with the names of its files, and those of the folders
+    left out.
 
     What `datasets` takes for hidden is left out: names with a dot before them, and folders with two underscores.
     """
     real = os.path.realpath(folder)
     if real in above:  # a link back up
         return
-    inner, names = [], []
+    inner, names, hidden = [], [], []
     with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
         for entry in entries:
-            is_folder = os.path.isdir(entry)
-            if not entry.name.startswith((".", "__") if is_folder else "."):
-                (inner if is_folder else names).append(entry.name)
-    yield str(folder), sorted(names)
+            if os.path.isdir(entry):
+                (hidden if entry.name.startswith((".", "__")) else inner).append(entry.name)
+            elif not entry.name.startswith("."):
+                names.append(entry.name)
+    yield str(folder), sorted(names), sorted(hidden)
     for name in sorted(inner):
         yield from walk(os.path.join(folder, name), (*above, real))
-
-
-def _hidden_folders(folder: str) -> list[str]:
-    """Those in a folder that `walk` leaves out, if there are images in them."""
-    hidden = []
-    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith((".", "__")) and os.path.isdir(entry):
-                with contextlib.suppress(PermissionError):
-                    if any(is_image(name) and not name.startswith(".") for name in os.listdir(entry)):
-                        hidden.append(entry.path)
-    return sorted(hidden)
 
 
 @functools.cache
@@ -75,6 +65,12 @@ def _image_suffixes() -> frozenset[str]:
 
 def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in _image_suffixes()
+
+
+def _holds_images(folder: str) -> bool:
+    with contextlib.suppress(PermissionError):
+        return any(is_image(name) and not name.startswith(".") for name in os.listdir(folder))
+    return False
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
     path = path.resolve()
     root = path / split if (path / split).is_dir() else path
     linked, no_files, hidden, held, told = [], [], [], 0, False
-    for folder, names in walk(path):
+    for folder, names, left_out in walk(path):
         inside = Path(folder).is_relative_to(root)
         if inside and {RECIPE, LOG} <= set(names):
             raise UserError(
@@ -181,7 +177,7 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
                 "give a folder that holds the images alone"
             )
         if inside:
-            hidden += _hidden_folders(folder)
+            hidden += filter(_holds_images, (os.path.join(folder, name) for name in left_out))
         if os.path.islink(folder) and inside:
             linked.append(folder)
         for file in (os.path.join(folder, name) for name in names if is_image(name)):

@@ -39,8 +39,9 @@ class SavingMixin:
             kwargs.setdefault("low_cpu_mem_usage", False)  # the other way needs it, and says so at length
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
         where = resolve_model(name)
+        is_here = Path(where).is_dir()
         try:
-            saved = where if Path(where).is_dir() else cls.download(where, **kwargs)
+            saved = where if is_here else cls.download(where, **kwargs)
             check_saved_model(Path(saved))
             if kwargs.get("variant") is None:
                 kwargs["variant"] = only_variant(Path(saved))
@@ -48,7 +49,7 @@ class SavingMixin:
         except UserError:
             raise
         except Exception as error:  # diffusers and the hub's client raise many kinds
-            hub = "" if Path(where).is_dir() else "no such folder here, and from the hub it "
+            hub = "" if is_here else "no such folder here, and from the hub it "
             raise UserError(f"{name}: {hub}cannot be loaded ({in_one_line(error)})") from error
         pipeline._origin = folder if folder.is_dir() else None
         return pipeline

@@ -26,7 +26,7 @@ from ..run_folder import DATA, ENVIRONMENT, PREVIEWS, RECIPE, START, newest_chec
 from ..saved_model import INDEX
 from ..terminal import say
 from .pretrained import Start
-from .schedule import learning_rate
+from .schedule import is_due, learning_rate
 
 # What a resumed run may change: how long it goes on and how it is watched, not what is computed
 # (what the images are is compared by their fingerprint, wherever they lie).
@@ -202,9 +202,9 @@ def changed_rate(run: Path, recipe: Recipe, step: int) -> list[str]:
 
 def left_out_evaluation(run: Path, recipe: Recipe, step: int) -> bool:
     """Whether the evaluation due at a run's last step was left out, for a signal or the end of its process."""
-    every, steps = recipe.evaluation.every, recipe.training.steps
-    is_due = 0 < step <= steps and bool(every) and (step % every == 0 or step == steps)
-    return is_due and all(entry["step"] != step for entry in read_evaluations(run))
+    steps = recipe.training.steps
+    was_due = 0 < step <= steps and is_due(recipe.evaluation.every, step, steps)
+    return was_due and all(entry["step"] != step for entry in read_evaluations(run))
 
 
 def untrained_guidance(recipe: Recipe, source: Source) -> list[str]:

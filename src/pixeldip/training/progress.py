@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,23 +159,9 @@ class _TensorBoard:
 
 
 class _WandbLike:
-    """Which knows a run, also when it is resumed, by an id of its own or by its name."""
-
-    package: str
-
-    def __init__(self, run: Path, recipe: Recipe, first_step: int):
-        self.module = importlib.import_module(self.package)
-        file = run / self.package / "run-id"
-        if not first_step or not file.is_file():
-            file.parent.mkdir(exist_ok=True)
-            write_text(file, secrets.token_hex(4))
-        known_by = self.known_by(run, file.read_text(encoding="utf-8"))
-        values = recipe_values(recipe)
-        self.module.init(project=recipe.logging.project, config=values, resume="allow", **known_by)
-
-    @staticmethod
-    def known_by(run: Path, run_id: str) -> dict[str, Any]:
-        raise NotImplementedError
+    def __init__(self, package: str, recipe: Recipe, **run: Any):
+        self.module = importlib.import_module(package)
+        self.module.init(project=recipe.logging.project, config=recipe_values(recipe), resume="allow", **run)
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.module.log(values, step=step)
@@ -183,20 +170,21 @@ class _WandbLike:
         self.module.finish()
 
 
-class _Wandb(_WandbLike):
-    package = "wandb"
-
-    @staticmethod
-    def known_by(run: Path, run_id: str) -> dict[str, Any]:
-        return {"dir": run, "id": run_id, "name": run.name}
+def _wandb(run: Path, recipe: Recipe, first_step: int) -> _WandbLike:
+    return _WandbLike("wandb", recipe, name=run.name, dir=run, id=_run_id(run / "wandb", first_step))
 
 
-class _Trackio(_WandbLike):
-    package = "trackio"
-
-    @staticmethod
-    def known_by(run: Path, run_id: str) -> dict[str, Any]:
-        return {"name": f"{run.name}-{run_id}"}
+def _trackio(run: Path, recipe: Recipe, first_step: int) -> _WandbLike:
+    return _WandbLike("trackio", recipe, name=f"{run.name}-{_run_id(run / 'trackio', first_step)}")  # resumed by name
 
 
-_TRACKERS: dict[str, type] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+def _run_id(folder: Path, first_step: int) -> str:
+    """What tells a run from others of its name: that of before where it is resumed."""
+    file = folder / "run-id"
+    if not first_step or not file.is_file():
+        folder.mkdir(exist_ok=True)
+        write_text(file, secrets.token_hex(4))
+    return file.read_text(encoding="utf-8")
+
+
+_TRACKERS: dict[str, Callable[..., Any]] = {"tensorboard": _TensorBoard, "wandb": _wandb, "trackio": _trackio}

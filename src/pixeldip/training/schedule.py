@@ -1,4 +1,4 @@
-"""What the loop asks for at every step: random numbers by position, and the learning rate."""
+"""What the loop asks for at every step: random numbers by position, the learning rate, and what is due."""
 
 import math
 
@@ -40,3 +40,8 @@ def draw(
         noise,
         objective.flow_time(shift_times(r, section.time_shift)),
     )
+
+
+def is_due(every: int, done: int, steps: int) -> bool:
+    """Whether what is done every so many steps (0: never), and after the last one, is due after `done` steps."""
+    return bool(every) and (done % every == 0 or done == steps)

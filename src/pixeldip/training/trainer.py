@@ -45,6 +45,7 @@ from .pretrained import add_adapters, check_adapted, load_pretrained, read_start
 from .preview import save_preview
 from .progress import Progress
 from .run_lock import only_run
+from .schedule import is_due
 from .sharding import whole_model
 
 IMPATIENT_SECONDS = 3  # between two Ctrl-C, from which on the second one ends the run without saving
@@ -113,7 +114,8 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
             add_adapters(model, recipe.model, train_classes=bool(start.classes_new))
     learner = Learner(recipe, model, processes)
     first_step = load_checkpoint(checkpoint, learner.network, learner.ema, learner.optimizer) if checkpoint else 0
-    if first_step >= training.steps and not processes.on_main(lambda: left_out_evaluation(run, recipe, first_step)):
+    left_out = processes.on_main(lambda: left_out_evaluation(run, recipe, first_step))
+    if first_step >= training.steps and not left_out:
         say(console, f"{run}: all {first_step} steps are done; raise --training.steps to go on")
         return Outcome(run, first_step)
     images = TrainingImages(source, recipe.data, training.seed)
@@ -139,17 +141,18 @@ def _run(recipe: Recipe, run: Path, processes: Processes, console: Console) -> O
         "data": data["sha256"],
         "data_changed": changed,
     }
-    return _steps(learner, images, evaluator, started, console)
+    return _steps(learner, images, evaluator, left_out, started, console)
 
 
 def _steps(
     learner: Learner,
     images: TrainingImages,
     evaluator: TrainingEvaluator | None,
+    left_out: bool,
     started: dict[str, Any],
     console: Console,
 ) -> Outcome:
-    """The steps, and what is due after each."""
+    """The evaluation left out before them, the steps, and what is due after each."""
     recipe, processes, first_step = learner.recipe, learner.processes, started["step"]
     training, run = recipe.training, Path(recipe.out)
     height, width = images.size
@@ -165,7 +168,7 @@ def _steps(
         progress = stack.enter_context(Progress(run, recipe, console, first_step, processes))
         if processes.is_main:
             progress.event("start", **started, **restart(processes))
-        if processes.on_main(lambda: left_out_evaluation(run, recipe, first_step)):
+        if left_out:
             began = time.perf_counter()
             progress.evaluation(first_step, evaluator.evaluate(whole_model(learner.ema.model), pipeline))
             progress.pause(time.perf_counter() - began)
@@ -174,7 +177,7 @@ def _steps(
 
             done = step + 1
             logs, saves, previews, evaluates = (
-                bool(every) and (done % every == 0 or done == training.steps)
+                is_due(every, done, training.steps)
                 for every in (training.log_every, training.save_every, recipe.preview.every, recipe.evaluation.every)
             )
             stops = processes.any(bool(caught)) if logs or processes.world_size == 1 else False
