@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .path import interpolate, like, velocity
 
-NEAREST_DATA = 0.05  # 1 - t is held above this where a predicted image is divided by it
+NEAREST_DATA = 1e-3  # 1 - t is held above this where a predicted image becomes a velocity,
+NEAREST_LEARNT = 0.05  # and above this where its error becomes the velocity's in the loss
 VP_BETA_0, VP_BETA_1 = 0.1, 20.0
 VP_NOISIEST = 0.0065  # just below the t of r = 0, where the variance-preserving path begins
 
@@ -40,10 +41,16 @@ class VelocityObjective:
 
 class ImageObjective(VelocityObjective):
     """The network predicts the clean image; the loss is Eq. 5's, on the velocity (image - x_t) / (1 - t) that
-    follows from it (JiT, Li & He 2025)."""
+    follows from it (JiT, Li & He 2025). From t = 0.95 on, where that would count the image's error more and more, it is
+    counted as at 0.95; solvers go all the way to the predicted image."""
 
     def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return (output - x_t) / (1 - like(t, x_t)).clamp(min=NEAREST_DATA)
+
+    def loss(self, v: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        left = 1 - like(t, v.float())
+        image = interpolate(x, noise, t).float() + left.clamp(min=NEAREST_DATA) * v.float()
+        return ((image - x.float()) / left.clamp(min=NEAREST_LEARNT)).square().flatten(1).mean(1)
 
 
 class NoiseObjective(VelocityObjective):
