@@ -136,7 +136,9 @@ def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     record = run("training", tmp_path, capsys, "--heads")
-    assert list(record["steps"])[:2] == ["plain eager", "ours"] and "DiT-only" in record["steps"]
+    steps = record["steps"]
+    assert list(steps)[:3] == ["plain eager", "ours", "ours, checkpointing"] and "DiT-only" in steps
+    assert steps["ours, checkpointing"]["gflops"] == pytest.approx(steps["ours"]["gflops"])  # what has to be computed
     assert {f"{name} / ours" for name in record["steps"] if name != "ours"} == set(record["ratios"])
 
 

@@ -17,7 +17,7 @@ from pixeldip.arguments import StudyArguments
 from pixeldip.cli import main
 from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe, save_recipe
-from pixeldip.studies import STUDIES
+from pixeldip.studies import STUDIES, measures
 from pixeldip.studies.comparison import base_recipe, chosen_contenders
 from pixeldip.studies.comparison_report import Measure, difference, paper_table, student_t
 from pixeldip.studies.comparisons import COMPARISONS
@@ -151,6 +151,18 @@ def test_validation_loss_is_eq_5_at_fixed_times(still: StillImages) -> None:
     assert all(swapped[t] != loss for t, loss in again[0].items())
 
 
+def test_validation_images_are_of_all_classes(still: StillImages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a folder holds one class after the other."""
+    monkeypatch.setattr(measures, "VALIDATION_IMAGES", 8)
+    still.labels = np.sort(still.labels)
+    still.pixels[still.labels == 1] = 255
+    model = DiP(**TINY_MODEL, num_classes=2)
+    torch.nn.init.zeros_(model.detailer.out.weight)
+    losses = validation_losses(model, still, CPU, torch.float32)
+    half = from_uint8(torch.from_numpy(still.pixels[still.labels == 0])).square().mean().item()
+    assert losses[f"{TIMES[5]:g}"] == pytest.approx((half + 1) / 2 + 1, rel=0.1)
+
+
 def test_costs_are_the_models_own() -> None:
     base = load_recipe("study-laptop")
     recipes = {c.name: contender_recipe(base, c, 0, "x") for c in COMPARISONS["heads"].contenders("laptop")}
@@ -272,6 +284,15 @@ def test_a_comparison_and_what_it_keeps(
     assert f"{picture}: damaged" in capsys.readouterr().err
     picture.unlink()
     assert study(*arguments, "--seeds", 2) == 0 and picture.read_bytes() == samples
+    # a metric that is not defined for some samples, such as borders in pictures of one grey, is a dash
+    undefined = tmp_path / "runs" / "dit-seed0" / "result.json"
+    values = json.loads(undefined.read_text())
+    del values["metrics"]["boundary"], values["floors"]["boundary"], values["labels"]["boundary"]
+    undefined.write_text(json.dumps(values))
+    assert study(*arguments, "--seeds", 2) == 0
+    dashes = [line.split(" | ")[0] for line in (tmp_path / "report.md").read_text().splitlines() if "| – |" in line]
+    assert len(dashes) == 4 and all(name.startswith("| DiT-only") for name in dashes)
+    assert "Patch boundary ratio" in (tmp_path / "report.md").read_text()
     result = tmp_path / "runs" / "post-seed1" / "result.json"
     result.write_text("{}")
     assert study(*arguments, "--seeds", 2) == 2
@@ -343,6 +364,7 @@ def test_features_of_the_bundled_pictures(tmp_path: Path) -> None:
         ),
         (["heads", "--resolution", "64"], "--resolution means nothing to the heads study"),
         (["heads", "--recipe", "mine"], "'mine' is neither a .yaml file nor one of the recipes"),
+        (["patch-size", "--recipe", "{small}"], "dip-p16: its patches are as large as the images, 16x16"),
         (["heads", "--recipe", "{tuning}"], "tuning.yaml: contenders start from the beginning; leave model.pretrained"),
         (["overfit", "--recipe", "x"], "--recipe means nothing to the overfit study"),
         (["overfit", "--held-out", "x"], "--held-out means nothing to the overfit study"),
@@ -364,6 +386,8 @@ def test_mistakes(
     (tmp_path / "tuning.yaml").write_text("model: {pretrained: models/mine}")
     places = {"pictures": picture_folder, "plain": picture_folder / "ant", "broken": tmp_path / "broken.jpg"}
     places["tuning"] = tmp_path / "tuning.yaml"
+    (tmp_path / "small.yaml").write_text("data: {source: emoji, resolution: 16}")
+    places["small"] = tmp_path / "small.yaml"
     assert study(*(a.format(**places) for a in arguments), "--out", tmp_path / "study") == 2
     error = capsys.readouterr().err
     assert message.format(**places) in error and "Traceback" not in error

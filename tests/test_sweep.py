@@ -154,6 +154,13 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
         for words in ("guidance 1", "guidance 3", "guidance 8", "real images", "Lowest EfficientNet KD"):
             assert words in text
     assert text.count("data:image/png;base64,") == 3 and text.count("<svg") == 1
+    undefined = out / "settings" / "ab2-2-guidance1.json"  # as of samples of one grey, which have no borders
+    values = json.loads(undefined.read_text())
+    del values["metrics"]["boundary"], values["floors"]["boundary"]
+    undefined.write_text(json.dumps(values))
+    assert sweep(*arguments, "--guidance", 1, 3, 8) == 0
+    (row,) = [line for line in (out / "report.md").read_text().splitlines() if "guidance 1 |" in line]
+    assert row.count("| – |") == 1 and "Patch boundary ratio" in (out / "report.md").read_text()
     # a smaller report does not take the place of the larger one
     report = (out / "report.html").read_bytes()
     assert sweep(*arguments, "--guidance", 5, 3) == 2

@@ -87,11 +87,12 @@ class Timings:
         """The part that all benchmarks' JSON lines have."""
         return {"steps": self.rows, "ceilings": self.ceilings, "too_large": list(self.too_large)}
 
-    def ratios(self) -> dict[str, float]:
-        """Of every other row to the fastest of ours, within rounds."""
+    def ratios(self, like: Mapping[str, str] | None = None) -> dict[str, float]:
+        """Of every other row to the fastest of ours, or to the one that `like` names for it, within rounds."""
         ours = [name for name in self.rows if name.startswith("ours")]
         fastest = min(ours or self.rows, key=lambda name: self.rows[name]["milliseconds"])
-        return {f"{name} / {fastest}": ratio(self.seconds, name, fastest) for name in self.rows if name != fastest}
+        pairs = {name: (like or {}).get(name, fastest) for name in self.rows if name != fastest}
+        return {f"{name} / {other}": ratio(self.seconds, name, other) for name, other in pairs.items()}
 
 
 def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> Timings:

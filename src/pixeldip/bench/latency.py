@@ -34,41 +34,42 @@ def bench_latency(
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
     Args:
-        compiled: also with compiled blocks, in bf16 and, where the device computes in it, in int8. Each also as the
-            commands sample: modulation computed ahead where there is room for it, and replayed from a CUDA graph where
-            that pays.
+        compiled: also with compiled blocks, the release's way under autocast, too, ours in bf16 and, where the device
+            computes in it, in int8. Each of ours also as the commands sample: modulation computed ahead where there is
+            room for it, and replayed from a CUDA graph where that pays.
         heads: also each other head, and no head, in bf16.
         latent: also DiT-XL/2 with its VAE, in bf16.
 
     Returns:
         "steps" and "ceilings" as `compare` makes them; "images": seconds of a whole batch, in 100 Euler steps, or 250
-        of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds; "errors" of the guided velocity against
-        the first row's, as a share of its standard deviation.
+        of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds, other heads' to "ours, bf16", which is not
+        compiled either; "errors" of the guided velocity against the first row's, as a share of its standard deviation.
     """
     x, y = noise_and_labels(model, size, batch, device)
     contenders = _contenders(model.to(device).eval().requires_grad_(False), x, y, compiled)
     errors = _errors({name: contender.step for name, contender in contenders.items()}, x)
-    if heads:
-        for name, config in other_heads(model).items():
-            other = DiP(**config).eval().requires_grad_(False).to(device).type(torch.bfloat16)
-            contenders[name] = sampling_contender(other, x, y)
+    others = other_heads(model) if heads else {}
+    for name, config in others.items():
+        other = DiP(**config).eval().requires_grad_(False).to(device).type(torch.bfloat16)
+        contenders[name] = sampling_contender(other, x, y)
     if latent:
         other = LatentModel(size, batch, device, torch.bfloat16)
         images = batch / LATENT_STEPS
         contenders[DIT] = Contender(other.step(), batch, images, torch.bfloat16, other.transformer.num_parameters())
         contenders[VAE] = Contender(other.decode(), batch, batch, torch.bfloat16, other.vae.num_parameters())
     timings = compare(contenders, rounds, device)
-    images = _whole_images(timings.rows)
-    return {**timings.record(), "images": images, "ratios": timings.ratios(), "errors": errors}
+    ratios = timings.ratios(dict.fromkeys(others, "ours, bf16"))
+    return {**timings.record(), "images": _whole_images(timings.rows), "ratios": ratios, "errors": errors}
 
 
 def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, Contender]:
     contenders = {}
     if has_releases_form(model):
-        release, null_class = ReleaseDiP(model).to(x.device), model.config.num_classes
-        for name, precision in {"release, fp32": torch.float32, "release, autocast": torch.bfloat16}.items():
-            step = _release_step(release, x, y, null_class, precision)
-            contenders[name] = Contender(step, len(x), len(x) / STEPS, precision, model.num_parameters())
+        release = ReleaseDiP(model).to(x.device)
+        contenders["release, fp32"] = _release(release, x, y, torch.float32)
+        contenders["release, autocast"] = _release(release, x, y, torch.bfloat16)
+        if compiled:
+            contenders["release, autocast, compiled"] = _release(release.compiled(), x, y, torch.bfloat16, release)
     half = copy.deepcopy(model).type(torch.bfloat16)
     contenders["ours, fp32"] = sampling_contender(model, x, y)
     networks = {"ours, bf16": half}
@@ -111,10 +112,18 @@ def _whole_images(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str
     return whole
 
 
-def _release_step(network: ReleaseDiP, x: Tensor, y: Tensor, null_class: int, precision: torch.dtype) -> Step:
+def _release(
+    network: ReleaseDiP, x: Tensor, y: Tensor, precision: torch.dtype, counted: ReleaseDiP | None = None
+) -> Contender:
+    """Args: counted: the same network in plain eager code, if this one's FLOPs cannot be counted."""
+
     @torch.no_grad()
     def step() -> Tensor:
         with autocast(x.device, precision):
-            return release_step(network, x, TIME, DT, y, null_class, GUIDANCE)
+            return release_step(network, x, TIME, DT, y, network.null_class, GUIDANCE)
 
-    return step
+    def plain(images: int) -> Step:
+        return _release(counted, x[:1].expand(images, -1, -1, -1), y[:1].expand(images), precision).step
+
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return Contender(step, len(x), len(x) / STEPS, precision, parameters, plain if counted else None)

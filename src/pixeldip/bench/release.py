@@ -7,6 +7,7 @@ the tensors' names, so that it loads a `DiP`'s weights.
 B batch, N patches, h heads, d channels of one, D hidden size, P patch side.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -134,6 +135,7 @@ class ReleaseDiP(nn.Module):
     def __init__(self, model: DiP):
         super().__init__()
         config = model.config
+        self.null_class = config.num_classes
         inner = model.backbone.blocks[0].mlp.gate.out_features
         self.patch_size = config.patch_size
         self.head_dim = config.hidden_size // config.num_heads
@@ -149,6 +151,13 @@ class ReleaseDiP(nn.Module):
         self.detailer = _UNet(widths, config.hidden_size, config.in_channels)
         self.load_state_dict(model.state_dict())
         self.eval()
+
+    def compiled(self) -> "ReleaseDiP":
+        """A copy with compiled blocks and head."""
+        network = copy.deepcopy(self)
+        for module in (*network.backbone.blocks, network.detailer):
+            module.compile(dynamic=False)
+        return network
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         b, _, height, width = x.shape

@@ -16,7 +16,7 @@ from .contenders import Contender, compare, compare_alone
 from .heads import other_heads
 from .release import ReleaseDiP, has_releases_form
 from .steps import EMA_DECAY, LR, TrainingStep, counted_apart, noise_and_labels
-from .timing import Step
+from .timing import Step, ratio
 
 
 def bench_training(
@@ -32,7 +32,8 @@ def bench_training(
     """Forward and backward pass, AdamW and EMA of `batch` images, with all labels at hand.
 
     Args:
-        compiled: also with compiled blocks; on a CUDA device the plain code, too.
+        compiled: also with compiled blocks; on a CUDA device the plain code, too. What gradient checkpointing costs is
+            measured in what is compiled, or else in what is not.
         heads: also each other head, and no head, in plain eager code.
 
     Returns:
@@ -40,42 +41,50 @@ def bench_training(
     """
     x, y = noise_and_labels(model, size, batch, device)
     makers = _contenders(model, x, y, compiled, precision)
+    *_, best = makers
+    checkpointing = functools.partial(_ours, model, x, y, compiled, precision, checkpointing=True)
 
     def other(config: Mapping[str, Any]) -> Contender:
         network = DiP(**config).to(device)
         counted = network if counted_apart(False, device) else None
         return TrainingStep(network, precision).contender(x, y, counted=counted)
 
-    others = {name: functools.partial(other, config) for name, config in other_heads(model).items() if heads}
+    others = {f"{best}, checkpointing": (best, checkpointing)}
+    if heads:
+        others |= {name: ("ours", functools.partial(other, config)) for name, config in other_heads(model).items()}
     if device.type == "cuda":
-        timings = compare_alone(makers | others, rounds, device)
+        timings = compare_alone(makers | {name: make for name, (_, make) in others.items()}, rounds, device)
         return {**timings.record(), "ratios": timings.ratios()}
     contenders = {name: make() for name, make in makers.items()}
     timings = compare(contenders, rounds, device)
     result = {**timings.record(), "ratios": timings.ratios()}
-    contenders = {"ours": contenders["ours"]}  # the memory of the rest is needed
-    for name, make in others.items():
+    for name, (beside, make) in others.items():
+        contenders = {beside: contenders.get(beside) or makers[beside]()}  # the memory of the rest is needed
         pair = compare(contenders | {name: make()}, rounds, device)
         result["steps"][name] = pair.rows[name]
-        result["ratios"] |= pair.ratios()
+        result["ratios"][f"{name} / {beside}"] = ratio(pair.seconds, name, beside)
     return result
+
+
+def _ours(
+    model: DiP, x: Tensor, y: Tensor, compiles: bool, precision: torch.dtype, checkpointing: bool = False
+) -> Contender:
+    network = copy.deepcopy(model).to(x.device)
+    if checkpointing:
+        network.enable_gradient_checkpointing()
+    if compiles:
+        network.compile_repeated_blocks(dynamic=False)
+    counted = model if checkpointing or counted_apart(compiles, x.device) else None
+    return TrainingStep(network, precision).contender(x, y, counted=counted)
 
 
 def _contenders(
     model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: torch.dtype
 ) -> dict[str, Callable[[], Contender]]:
-    def ours(compiles: bool) -> Contender:
-        network = copy.deepcopy(model).to(x.device)
-        if compiles:
-            network.compile_repeated_blocks(dynamic=False)
-        counted = model if counted_apart(compiles, x.device) else None
-        return TrainingStep(network, precision).contender(x, y, counted=counted)
-
     def plain(compiles: bool) -> Contender:
         network = ReleaseDiP(model).to(x.device)
         if compiles:
-            for module in (*network.backbone.blocks, network.detailer):
-                module.compile(dynamic=False)
+            network = network.compiled()
         step = _plain_step(network, x, y, precision)
 
         def counted(images: int) -> Step:
@@ -89,9 +98,9 @@ def _contenders(
         makers["plain eager"] = functools.partial(plain, False)
         if compiled and x.device.type == "cuda":
             makers["plain, compiled"] = functools.partial(plain, True)
-    makers["ours"] = functools.partial(ours, False)
+    makers["ours"] = functools.partial(_ours, model, x, y, False, precision)
     if compiled:
-        makers["ours, compiled"] = functools.partial(ours, True)
+        makers["ours, compiled"] = functools.partial(_ours, model, x, y, True, precision)
     return makers
 
 

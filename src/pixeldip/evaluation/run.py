@@ -140,8 +140,12 @@ class Evaluator:
             self.warnings.append(message)
         self.metrics = [name for name in self.metrics if name not in lacking]
 
+    def lacks_borders(self, patch_size: int) -> bool:
+        """Whether borders of such patches are asked for, and the samples have none."""
+        return "boundary" in self.metrics and patch_size >= max(self.height, self.width)
+
     def _check_borders(self, patch_size: int) -> None:
-        if "boundary" in self.metrics and patch_size >= max(self.height, self.width):
+        if self.lacks_borders(patch_size):
             size = f"{self.height}x{self.width}"
             raise UserError(f"boundary: {size} images show no borders of patches of {patch_size}; give --patch-size")
 

@@ -40,7 +40,8 @@ class Comparison:
         report: given the study, its folder, the contenders and the number of seeds, writes the report and returns
             the page.
         keeps: the file that `measure` leaves in a run's folder for the report.
-        prepare: called by all processes before the first training: what a measurement will need is there, or it raises.
+        prepare: given the recipes of the contenders to train by name, called by all processes before the first
+            training: what a measurement will need is there, or it raises.
         with_costs: whether parameters, FLOPs and latency are measured too.
         needs_classes: whether images without classes are refused.
     """
@@ -48,7 +49,7 @@ class Comparison:
     measure: Callable[[Path, DiPPipeline, Recipe, Source, Processes, Console], dict[str, Any]]
     report: Callable[[Study, Path, Sequence[Contender], int], Path]
     keeps: str
-    prepare: Callable[[Recipe, Source, Processes, Console], object] | None = None
+    prepare: Callable[[Mapping[str, Recipe], Source, Processes, Console], object] | None = None
     with_costs: bool = False
     needs_classes: bool = False
 
@@ -80,7 +81,9 @@ def run_comparison(study: Study, comparison: Comparison, arguments: StudyArgumen
     ]
     missing = [run for run in runs if not all((run[2] / file).is_file() for file in (RESULT, comparison.keeps))]
     if missing and comparison.prepare:
-        _prepare(comparison.prepare, base, held_out, console)
+        to_train = {contender.name: contender_recipe(base, contender, 0, base.out) for contender, _, _ in missing}
+        with start_processes(base.training.device) as processes:
+            comparison.prepare(to_train, held_out, processes, console)
 
     def begin(_: Processes) -> None:  # not before mistakes have been told
         claim(out, facts)
@@ -194,16 +197,16 @@ def _together(hashes: Sequence[bytes], images: Source) -> str:
     return "sha256:" + hashlib.sha256(b"".join(hashes) + (b"" if labels is None else labels.tobytes())).hexdigest()
 
 
-def _prepare(
-    prepare: Callable[[Recipe, Source, Processes, Console], object], recipe: Recipe, held_out: Source, console: Console
-) -> None:
-    with start_processes(recipe.training.device) as processes:
-        prepare(recipe, held_out, processes, console)
-
-
-def prepare_measures(recipe: Recipe, held_out: Source, processes: Processes, console: Console) -> None:
-    """Opens and measures the reference: a mistake in it, or weights that are missing, cost no training."""
-    evaluator_of(recipe, held_out, None, processes, console)
+def prepare_measures(recipes: Mapping[str, Recipe], held_out: Source, processes: Processes, console: Console) -> None:
+    """Opens and measures the reference: a mistake in it, weights that are missing, or patches that are too large for a
+    metric, cost no training."""
+    evaluator = evaluator_of(next(iter(recipes.values())), held_out, None, processes, console)
+    for name, recipe in recipes.items():
+        if evaluator.lacks_borders(recipe.model.patch_size):
+            raise UserError(
+                f"{name}: its patches are as large as the images, {evaluator.height}x{evaluator.width}, which then "
+                "show no borders: leave it out of --contenders, or boundary out of the recipe's evaluation.metrics"
+            )
 
 
 def _measure(

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ class Row:
     samples: Path
 
     def values(self, measure: str) -> list[float]:
-        """A measure by seed."""
-        return [r[LOSS] if measure == LOSS else r["metrics"][measure] for r in self.results]
+        """A measure by seed; NaN where it is not defined for the samples."""
+        return [r[LOSS] if measure == LOSS else r["metrics"].get(measure, math.nan) for r in self.results]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,9 @@ class Measure:
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """mean ± standard deviation, for people."""
+    """mean ± standard deviation, for people; a dash where a value is not defined."""
+    if any(map(math.isnan, values)):
+        return "–"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.{digits}f}{spread}".replace("-", "−")
 
@@ -114,16 +116,23 @@ def write_report(study: Study, out: Path, contenders: Sequence[Contender], seeds
 
 
 def _measures(rows: Sequence[Row]) -> list[Measure]:
-    first = rows[0].results[0]
+    results = [result for row in rows for result in row.results]
+    labels = {name: label for result in results for name, label in result["labels"].items()}
     measures = [Measure(LOSS, "validation loss", 1, 4, "lower", ())]
-    for name in first["metrics"]:
-        known = {result["floors"].get(name, {}).get("real") for row in rows for result in row.results}
+    for name in in_order(result["metrics"] for result in results):
+        known = {result["floors"].get(name, {}).get("real") for result in results}
         floors = tuple(sorted(known - {None}))
-        metric, label = METRICS[name], first["labels"][name]
-        largest = max(abs(metric.scale * result["metrics"][name]) for row in rows for result in row.results)
+        metric, label = METRICS[name], labels[name]
+        largest = max(abs(metric.scale * result["metrics"].get(name, 0)) for result in results)
         digits = 1 if largest >= 100 else 2 if largest >= 2 else 3
         measures.append(Measure(name, label, metric.scale, digits, metric.better, floors))
     return measures
+
+
+def in_order(metrics: Iterable[Mapping[str, float]]) -> list[str]:
+    """The names of all metrics of several results, some of which may lack one that is not defined for their samples."""
+    names = {name for one in metrics for name in one}
+    return [name for name in METRICS if name in names]
 
 
 def _cells(row: Row, measures: Sequence[Measure], rows: Sequence[Row]) -> list[str]:
@@ -147,7 +156,8 @@ def _differences(rows: Sequence[Row], measures: Sequence[Measure]) -> list[tuple
         for m in measures:
             mean, error, apart = difference(a.values(m.name), b.values(m.name))
             spread = "" if math.isnan(error) else f" ± {m.scale * error:.{m.digits}f}"
-            cells.append((f"{m.scale * mean:.{m.digits}f}{spread}".replace("-", "−"), apart))
+            text = "–" if math.isnan(mean) else f"{m.scale * mean:.{m.digits}f}{spread}".replace("-", "−")
+            cells.append((text, apart))
         table.append((f"{a.contender.label} − {b.contender.label}", cells))
     return table
 
@@ -163,11 +173,11 @@ def student_t(seeds: int) -> float:
 def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, bool]:
     """Of two contenders, seed by seed: the mean difference, its standard error, and whether it is more than chance.
 
-    With one seed the error is NaN, and no difference is.
+    With one seed the error is NaN, and no difference is; with a value that is NaN so is the mean.
     """
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean, seeds = statistics.fmean(differences), len(differences)
-    if seeds < 2:
+    if seeds < 2 or math.isnan(mean):
         return mean, math.nan, False
     error = statistics.stdev(differences) / math.sqrt(seeds)
     return mean, error, abs(mean) > student_t(seeds) * error
@@ -233,7 +243,9 @@ def _dots(rows: Sequence[Row], measures: Sequence[Measure]) -> Figure:
     places = range(len(rows), 0, -1)
     for axes, measure in zip(panels, measures):
         for place, row in zip(places, rows):
-            values = [measure.scale * value for value in row.values(measure.name)]
+            values = [measure.scale * value for value in row.values(measure.name) if not math.isnan(value)]
+            if not values:
+                continue
             spread = statistics.stdev(values) if len(values) > 1 else 0
             axes.plot(values, [place] * len(values), "o", color=ACCENT, alpha=0.35, markersize=4, markeredgewidth=0)
             axes.errorbar(statistics.fmean(values), place, xerr=spread, fmt="o", color=ACCENT, capsize=3, markersize=6)

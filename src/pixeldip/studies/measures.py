@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -33,21 +34,23 @@ LATENCY_ROUNDS = 7
 def validation_losses(
     model: DiP, images: SourceImages, device: torch.device, precision: torch.dtype
 ) -> dict[str, float]:
-    """The velocity loss (Eq. 5) at each of `TIMES`, on the first 512 images, with noise that is always the same.
+    """The velocity loss (Eq. 5) at each of `TIMES`, on 512 images spread evenly over all, which may be in the order of
+    their classes, with noise that is always the same.
 
     It is the velocity's for every objective, so that they can be compared.
     """
     sums = {t: 0.0 for t in TIMES}
     count = min(len(images), VALIDATION_IMAGES)
+    rows = [i * len(images) // count for i in range(count)]
     null_class = model.config.num_classes
     for start in range(0, count, BATCH):
-        stop = min(start + BATCH, count)
-        pixels = torch.from_numpy(images.read(start, stop)).permute(0, 3, 1, 2)
+        part = rows[start : start + BATCH]
+        pixels = torch.from_numpy(np.concatenate([images.read(i, i + 1) for i in part])).permute(0, 3, 1, 2)
         x = from_uint8(pixels.to(device))
-        labels = [null_class] * len(x) if images.labels is None else images.labels[start:stop].tolist()
+        labels = [null_class] * len(x) if images.labels is None else images.labels[part].tolist()
         y = torch.tensor(labels, device=device)
         for k, time_ in enumerate(TIMES):
-            seeds = [fold_seed(Stream.VALIDATION, i, k) for i in range(start, stop)]
+            seeds = [fold_seed(Stream.VALIDATION, i, k) for i in part]
             noise = seeded_normal(seeds, x.shape[1:], device)
             t = x.new_full((len(x),), time_)
             with autocast(device, precision):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..evaluation.registry import METRICS, label
 from ..images import display_scale, enlarged
 from ..report import data_uri, light_frame, machine, to_svg, write_pages
-from .comparison_report import mean_and_spread
+from .comparison_report import in_order, mean_and_spread
 from .folder import SETTINGS, read_json, read_picture
 from .sweep_settings import Setting
 
@@ -50,11 +50,12 @@ class Row:
     samples: Path
 
     def value(self, metric: str) -> tuple[float, float]:
-        """A metric and its standard deviation, as many samples as real images where they are split for a floor."""
+        """A metric and its standard deviation, as many samples as real images where they are split for a floor; NaN
+        where it is not defined for the samples."""
         scale, known = METRICS[metric].scale, self.result["floors"].get(metric, {})
         if "samples" in known:
             return scale * known["samples"], scale * known["samples_deviation"]
-        return scale * self.result["metrics"][metric], 0.0
+        return scale * self.result["metrics"].get(metric, math.nan), 0.0
 
     def real(self, metric: str) -> tuple[float, float] | None:
         """What real images score, and its standard deviation."""
@@ -67,7 +68,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
     facts = read_json(out / SETTINGS)
     rows = [Row(s, read_json(result_file(out, s)), result_file(out, s).with_suffix(".png")) for s in settings]
     first = rows[0].result
-    metrics = list(first["metrics"])
+    metrics = in_order(row.result["metrics"] for row in rows)
     decisive = next((m for m in metrics if METRICS[m].better == "lower"), None)
     figures = out / "figures"
     figures.mkdir(exist_ok=True)
@@ -90,7 +91,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
         },
         "head": ["", *(label(m, first["count"]) for m in metrics), "ms per image"],
         "table": [_cells(row, metrics) for row in rows],
-        "floors": ["real images", *(_floor(rows[0], m) for m in metrics), ""],
+        "floors": ["real images", *(_floor(rows, m) for m in metrics), ""],
         "verdict": verdict(rows, decisive) if decisive else "",
         "curves": curves,
         "samples": shown,
@@ -101,6 +102,8 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
 
 
 def _text(value: float, deviation: float) -> str:
+    if math.isnan(value):
+        return "–"
     digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{digits}f}".replace("-", "−") + (f" ± {deviation:.{digits}f}" if deviation else "")
 
@@ -110,13 +113,19 @@ def _cells(row: Row, metrics: Sequence[str]) -> list[str]:
     return [row.setting.in_words, *(_text(*row.value(m)) for m in metrics), milliseconds]
 
 
-def _floor(row: Row, metric: str) -> str:
-    real = row.real(metric)
+def _real(rows: Sequence[Row], metric: str) -> tuple[float, float] | None:
+    """Of the first setting for which the metric is defined."""
+    return next(filter(None, (row.real(metric) for row in rows)), None)
+
+
+def _floor(rows: Sequence[Row], metric: str) -> str:
+    real = _real(rows, metric)
     return "" if real is None else _text(*real)
 
 
 def verdict(rows: Sequence[Row], metric: str) -> str:
     """The best setting, and the fastest that the metric does not tell from it."""
+    rows = [row for row in rows if not math.isnan(row.value(metric)[0])]
     best = min(rows, key=lambda row: row.value(metric)[0])
     value, deviation = best.value(metric)
 
@@ -152,7 +161,7 @@ def _curves(rows: Sequence[Row], metrics: Sequence[str]) -> Figure:
             places = [getattr(row.setting, over) for row in line]
             values, deviations = zip(*(row.value(metric) for row in line))
             axes.errorbar(places, values, yerr=deviations, fmt="o-", markersize=4, linewidth=1.4, capsize=2, label=name)
-        if real := rows[0].real(metric):
+        if real := _real(rows, metric):
             axes.axhline(real[0], color="#888", linestyle=":", linewidth=1.2)
         if over == "evaluations":
             ticks: list[int] = []
