@@ -1,43 +1,82 @@
-"""How far images in bf16 and int8 are from those in float32: a table of PSNR, and one JSON line.
+"""How far images in less than float32 are from those in float32: a table of PSNR, and one JSON line.
 
     python benchmarks/precisions.py MODEL [--seeds 0-31] [--guidance 2] [--out FILE]
 
-The median over seeds, and the seed that is farthest, by solver and number of steps; bf16 weights, float32 weights under
-autocast, and int8 as `--precision int8` computes it.
+By solver and number of steps, over all pixels of all seeds, the median seed and the one that is farthest: bf16 weights,
+float32 weights under autocast, int8 as `--precision int8` computes it, both of these compiled, and float8 products as a
+GPU would make them, with scales by token and by output, of rounded values.
 """
 
 import math
 import statistics
 
 import torch
+import torch.nn.functional as F
 from solution import Samples, rms
+from torch import Tensor, nn
 
+from pixeldip.model import Int8Linear
 from pixeldip.processes import autocast, choose_precision
 from pixeldip.sampling import load_pipeline
 
 SOLVERS = {"euler": 100, "ab2": 25, "ancestral": 25}
-PRECISIONS = {"bf16": "bf16", "autocast": "fp32", "int8": "int8"}
+PRECISIONS = ("bf16", "bf16, compiled", "autocast", "int8", "int8, compiled", "float8")
+WEIGHTS = {"autocast": "fp32", "float8": "int8"}
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+class Float8Linear(nn.Module):
+    """What a product of float8 values gives, computed in float32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = rounded(linear.weight.float()), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(rounded(x.float()), self.weight, bias).to(x.dtype)
+
+
+def rounded(rows: Tensor) -> Tensor:
+    scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12) / LARGEST
+    return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def decibels(error: float) -> float:
+    return 20 * math.log10(255 / error)
 
 
 def main() -> None:
     samples = Samples()
     exact = {solver: samples.of(steps, solver) for solver, steps in SOLVERS.items()}
-    errors: dict[str, dict[str, dict[str, float]]] = {}
-    print("| solver, steps | " + " | ".join(f"{name}, dB | farthest" for name in PRECISIONS) + " |")
-    print("|---|" + "---|" * 2 * len(PRECISIONS))
-    for name, precision in PRECISIONS.items():
-        samples.pipeline = load_pipeline(
-            samples.asked.model, samples.device, choose_precision(precision, samples.device)
-        )
+    found: dict[str, dict[str, dict[str, float | list[float]]]] = {}
+    for name in PRECISIONS:
+        weights, _, compiled = name.partition(", ")
+        precision = choose_precision(WEIGHTS.get(weights, weights), samples.device)
+        samples.pipeline = load_pipeline(samples.asked.model, samples.device, precision, bool(compiled))
+        if name == "float8":
+            replace_int8(samples)
         with autocast(samples.device, torch.bfloat16 if name == "autocast" else torch.float32):
             for solver, steps in SOLVERS.items():
-                off = samples.of(steps, solver) - exact[solver]
-                by_seed = list(map(rms, off))
-                errors.setdefault(solver, {})[name] = {"median": statistics.median(by_seed), "farthest": max(by_seed)}
+                by_seed = [decibels(rms(off)) for off in samples.of(steps, solver) - exact[solver]]
+                pooled = -10 * math.log10(statistics.mean(10 ** (-value / 10) for value in by_seed))
+                shown = {"all": pooled, "median": statistics.median(by_seed), "farthest": min(by_seed)}
+                found.setdefault(solver, {})[name] = {**shown, "by_seed": by_seed}
+    print("| solver, steps | precision | all seeds, dB | median | farthest |\n|---|---|---|---|---|")
     for solver, steps in SOLVERS.items():
-        values = (20 * math.log10(255 / error) for by in errors[solver].values() for error in by.values())
-        print(f"| {solver}, {steps} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
-    samples.put_out("precisions", errors)
+        for name, values in found[solver].items():
+            figures = " | ".join(f"{values[which]:.1f}" for which in ("all", "median", "farthest"))
+            print(f"| {solver}, {steps} | {name} | {figures} |")
+    samples.put_out("precisions", psnr=found)
+
+
+def replace_int8(samples: Samples) -> None:
+    """float8 where int8 would be."""
+    model = samples.pipeline.model
+    plain = load_pipeline(samples.asked.model, samples.device, choose_precision("bf16", samples.device)).model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Int8Linear):
+            model.set_submodule(name, Float8Linear(plain.get_submodule(name)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Where the time of a step goes: by kind of kernel, as torch's profiler sees them, a table and one JSON line.
 
-    python benchmarks/profile_step.py {sampling,training} [--model dip-xl/16] [--batch 64] [--device cuda] [--out FILE]
+    python benchmarks/profile_step.py {sampling,training} [--model dip-xl/16] [--batch 64] [--precision bf16]
+        [--device cuda] [--out FILE]
 
-Compiled, as the commands run it with --compile; a step of sampling is a guided one in bf16, with its modulation
-computed ahead, and without graphs, into which the profiler does not see.
+Compiled, as the commands run it with --compile; a step of sampling is a guided one with its modulation computed ahead,
+and without graphs, into which the profiler does not see. Training is in what "auto" chooses.
 """
 
 import argparse
@@ -26,9 +27,9 @@ KINDS = {  # the first pattern that a kernel's name matches
     "norms, modulation, rotations": r"^_norm_modulate|^_queries_and_keys",
     "attention": r"flash|fmha|attention|sdpa|cudnn::fusion",
     "convolutions": r"conv|wgrad|dgrad|fprop|implicit|nchw|nhwc|cudnn",
-    "products": r"gemm|nvjet|cutlass|cublas|splitk|addmm|::mm|::bmm",
+    "products": r"gemm|nvjet|cutlass|cublas|splitk|addmm|::mm|::bmm|int_mm|linear",
     "optimizer, average, norm of the gradient": r"multi_tensor|adam|foreach|lerp|norm_kernel",
-    "compiled elementwise and sums": r"triton|cpp_fused|graph_\d",
+    "compiled elementwise and sums": r"triton|cpp_fused|graph_\d|CompiledFxGraph",
     "copies and zeros": r"memcpy|memset|copy|fill|::cat",
     "other elementwise and sums": r"",
 }
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("what", choices=("sampling", "training"))
     parser.add_argument("--model", default="dip-xl/16")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", choices=("bf16", "int8"), default="bf16", help="of sampling")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN choose convolutions by their time")
     parser.add_argument("--out", type=Path)
@@ -81,10 +83,13 @@ def step_asked_for(asked: argparse.Namespace, device: torch.device) -> Step:
     model, size = model_to_time(asked.model)
     model.to(device)
     x, y = noise_and_labels(model, size, asked.batch, device)
-    model.compile_repeated_blocks(dynamic=False)
     if asked.what == "training":
+        model.compile_repeated_blocks(dynamic=False)
         return functools.partial(TrainingStep(model, choose_precision("auto", device)), x, y)
     half = model.eval().requires_grad_(False).type(torch.bfloat16)
+    if asked.precision == "int8":
+        half.quantize_to_int8()
+    half.compile_repeated_blocks(dynamic=False)
     return sampling_contender(ReplayedNetwork(half, graphs=False).begin([TIME]), x, y).step
 
 

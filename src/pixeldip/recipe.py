@@ -133,7 +133,7 @@ class OptimizerSection:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_steps: NonNegative = 200
     schedule: Literal["constant", "cosine"] = "cosine"
-    """cosine falls to 1% of lr at the last step."""
+    """cosine falls towards 1% of lr, which would be that of the step after the last."""
     cooldown_steps: NonNegative = 0
     """Last steps, over which the rate falls to 0, so that a constant run can be ended well at any step."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0

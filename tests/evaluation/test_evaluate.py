@@ -21,6 +21,7 @@ from pixeldip.evaluation import METRICS, ArrayImages
 from pixeldip.evaluation.extractors import load_extractor
 from pixeldip.evaluation.inception import Inception
 from pixeldip.evaluation.metrics import kernel_distance, precision_recall
+from pixeldip.evaluation.registry import Metric, MetricInputs
 from pixeldip.evaluation.stream import measure
 from pixeldip.processes import Processes, exact_matmuls
 from pixeldip.sampling import deal_classes
@@ -279,6 +280,32 @@ def test_samples_outlive_a_failure_after_them(
     assert "a folder has that name" in capsys.readouterr().err
     assert main([*arguments, "--out", str(kept / "below a file.json")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_metrics_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is enough, alone too: of pixels, of samples and the reference, or of the training images."""
+    contrast = Metric(
+        "Contrast",
+        None,
+        lambda m: float(m.samples.columns.mean()),
+        "as real",
+        real=lambda m: float(m.reference.measured.columns.mean()),
+    )
+    pool = "efficientnet", "pool"
+
+    def seen_again(m: MetricInputs) -> float:
+        return torch.cdist(m.samples.kept[pool], m.training.kept(pool)).min(1).values.lt(1e-2).double().mean().item()
+
+    again = Metric("Seen again", "efficientnet", seen_again, "lower", kept=pool, of_training=True)
+    for name, metric in {"contrast": contrast, "again": again}.items():
+        monkeypatch.setitem(METRICS, name, metric)
+    images = smooth_images(8, 1)
+    samples, half = save_npz(tmp_path / "a.npz", images), save_npz(tmp_path / "half.npz", images[:4])
+    record = run(tmp_path, samples, "--reference", half, "--metrics", "contrast")
+    assert record["metrics"]["contrast"] == pytest.approx(record["floors"]["contrast"]["real"], rel=0.3)
+    record = run(tmp_path, samples, "--reference", half, "--train-images", half, "--metrics", "again")
+    assert record["metrics"]["again"] == 0.5
+    assert main(["evaluate", samples, "--reference", half, "--metrics", "again"]) == 2
 
 
 def test_class_sorted_samples_lower_the_inception_score(tmp_path: Path, seeded_weights: Path) -> None:

@@ -188,6 +188,14 @@ def test_what_of_a_folder_is_not_measured_is_told_once(
     assert f"warning: {passed} JPEG\n" in said and "no classes" not in said
 
 
+def test_broken_real_images_give_their_places_to_others(tmp_path: Path) -> None:
+    real = Path(save_folder(tmp_path / "real", GOOD))
+    (real / "0004.png").write_bytes(b"not a picture")
+    record = run(tmp_path, save_npz(tmp_path / "a.npz", GOOD[:4]), "--reference", real, "--metrics", "boundary")
+    (told,) = [warning for warning in record["warnings"] if "cannot be read" in warning]
+    assert told.startswith(f"{real}: 1 of {len(GOOD)} images cannot be read") and "0004.png: not a picture" in told
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

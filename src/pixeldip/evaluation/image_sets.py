@@ -53,7 +53,10 @@ class SourceImages:
         size: (height, width) to crop and scale every picture to, as in training; None: they must all have one size.
         allow_enlarging: accept pictures smaller than `size`.
         skip_broken: a picture that cannot be read gives its place, and its entry in `labels`, to the next one, as in
-            training; known once it was read.
+            training; known once it was read, and then in `broken`.
+
+    Attributes:
+        broken: why pictures that gave their places could not be read, by their index; of those this process has met.
 
     Raises:
         UserError: here if the first picture cannot be read; from `read` naming the picture that cannot be
@@ -71,6 +74,7 @@ class SourceImages:
         self.source, self.name, self.crops = source, name, size is not None
         self.allow_enlarging, self.skip_broken = allow_enlarging, skip_broken
         self.labels = source.labels()
+        self.broken: dict[int, str] = {}
         self.height, self.width = size or self._picture(0).shape[:2]
 
     def __len__(self) -> int:
@@ -88,7 +92,7 @@ class SourceImages:
                     self.labels[index] = label
                 break
             except BrokenImage as error:
-                why = str(error)
+                why = self.broken[(index + attempt) % len(self)] = str(error)
         else:
             raise UserError(f"{self.name}: {why}")
         if self.crops:
@@ -110,6 +114,15 @@ class SourceImages:
     def warnings(self) -> list[str]:
         """What the source tells, by the name of the set."""
         return [f"{self.name}: {text}" for text in self.source.warnings]
+
+    def unreadable(self, processes: Processes) -> list[str]:
+        """A warning, if a picture that any process has met could not be read; all of them take part."""
+        broken = {index: why for found in processes.all_gather(self.broken) for index, why in found.items()}
+        if not broken:
+            return []
+        some = "; ".join(why for _, why in sorted(broken.items())[:3]) + ("; …" if len(broken) > 3 else "")
+        count = f"{len(broken)} of {len(self)} images"
+        return [f"{self.name}: {count} cannot be read, and the next ones are counted twice in their places: {some}"]
 
     @cached_property
     def content_hash(self) -> str:

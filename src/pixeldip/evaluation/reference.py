@@ -155,7 +155,7 @@ def open_reference(
         UserError: if it cannot be read, is damaged, or holds neither images nor statistics.
     """
     if Path(name).suffix != ".npz":
-        images = open_images(name, split, size, options.allow_resolution_mismatch, label_column="none")
+        images = open_images(name, split, size, options.allow_resolution_mismatch, "none", skip_broken=True)
         return reference_of(images, role, processes)
     file = NpzFile(name)
     if options.verify:

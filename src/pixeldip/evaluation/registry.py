@@ -91,6 +91,7 @@ class Metric:
         pairwise: a distance of two sets of rows; the floor is this distance between disjoint real images.
         real: what real images score, where it is no such distance; None where that is not known.
         scale: of the number in the terminal's table.
+        of_training: whether it looks at the training images, which must be named then.
     """
 
     label: str
@@ -102,6 +103,12 @@ class Metric:
     pairwise: Callable[[Tensor, Tensor], float] | None = None
     real: Callable[[MetricInputs], float | None] | None = None
     scale: float = 1.0
+    of_training: bool = False
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether it looks at pixels alone, of the reference too if there is one."""
+        return self.extractor is None
 
     @property
     def compares(self) -> bool:
@@ -168,6 +175,7 @@ METRICS: dict[str, Metric] = {
         "as real",
         kept=("efficientnet", "pool"),
         real=lambda m: m.nearest["real"],
+        of_training=True,
     ),
 }
 DEFAULT = ("fid", "sfid", "is", "precision", "recall")

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,14 @@ class Evaluator:
         self.seconds: dict[str, float] = {}
         began = time.perf_counter()
         self.metrics = _known_metrics(options.metrics)
-        self.reference = self._open(options.reference, options.reference_split, "reference")
+        self.reference = self._open(options.reference, options.reference_split, "reference", ())
         self._check_available()
         if options.patch_size:
             self._check_borders(options.patch_size)
-        self.training = self._open(options.train_images, options.train_split, "training images", "nearest")
+        of_training = [name for name in self.metrics if METRICS[name].of_training]
+        self.training = None
+        if of_training:
+            self.training = self._open(options.train_images, options.train_split, "training images", of_training)
         self._check_shape()
         names = dict.fromkeys(METRICS[m].extractor for m in self.metrics if METRICS[m].extractor)
         self.extractors: dict[str, Extractor] = {
@@ -78,15 +81,18 @@ class Evaluator:
             if self.reference:
                 self._measure(self.reference, self._needed_of_reference(), False, start_pass)
             if self.training:
-                self._measure(self.training, ["efficientnet"], True, start_pass)
+                needed = dict.fromkeys(METRICS[name].extractor for name in of_training)
+                self._measure(self.training, [name for name in needed if name], True, start_pass)
         if self.reference:
             self.warnings += reference_warnings(self.reference, self.metrics, self.extractors)
         self.seconds["reference"] = time.perf_counter() - began
 
-    def _open(self, name: str, split: str, role: str, only_for: str | None = None) -> Reference | None:
-        """Real images, not read yet, or their statistics; None where no metric asks for them."""
-        if only_for and only_for not in self.metrics:
-            return None
+    def _open(self, name: str, split: str, role: str, only_for: Sequence[str]) -> Reference | None:
+        """Real images, not read yet, or their statistics; None where no metric asks for them.
+
+        Args:
+            only_for: the metrics that do, if they are images alone.
+        """
         size = self.height, self.width
         if name:
             with self.console.status(escape(f"opening {printable(name)}")):
@@ -94,7 +100,7 @@ class Evaluator:
         elif self.own_images is not None:
             reference = reference_of(self.own_images, role, self.processes)
         elif only_for:
-            raise UserError(f"{only_for} measures the distance to the training images: name them, --train-images")
+            raise UserError(f"{only_for[0]} measures the distance to the training images: name them, --train-images")
         elif any(METRICS[metric].compares for metric in self.metrics):
             raise UserError("--reference is missing: give an ADM reference .npz, or real images (folder, dataset)")
         else:
@@ -166,7 +172,7 @@ class Evaluator:
     def _measure(
         self, reference: Reference, names: list[str], keep_all: bool, start: Callable[[str, int], Advance]
     ) -> None:
-        if reference.images is None or not (names or "boundary" in self.metrics):
+        if reference.images is None or not (names or any(METRICS[name].of_pixels for name in self.metrics)):
             return
         title = f"Real images, {reference.name}"
         measure_reference(
@@ -179,6 +185,8 @@ class Evaluator:
             lambda: start(title, len(reference.images)),
             self.console,
         )
+        if isinstance(reference.images, SourceImages) and reference.images is not self.own_images:
+            self.tell(reference.images.unreadable(self.processes))
         if reference.from_cache:
             say(self.console, f"{title}: features of {len(reference.images)} from the cache")
 

@@ -65,7 +65,8 @@ def euler(velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep
 
 
 def heun(velocity: Velocity, x: Tensor, times: Sequence[float], on_step: OnStep | None = None) -> Tensor:
-    """Second order, two evaluations a step, except the last, which is Euler's (as in the release)."""
+    """Second order, two evaluations a step, except the last, which is Euler's (as in the release). Where the objective
+    makes the last step a long one, as `NoiseObjective` does, its error is most of the whole, and is of first order."""
     last = len(times) - 2
     for i, (t0, t1) in enumerate(zip(times, times[1:])):
         v = velocity(x, t0, t0)

@@ -73,7 +73,9 @@ def evaluator_of(
     """
     section = dataclasses.replace(recipe.evaluation, patch_size=patch_size)
     own_images = None if section.reference else held_out_images(held_out, recipe)
-    return Evaluator(section, *image_size(recipe.data), processes, console, own_images)
+    evaluator = Evaluator(section, *image_size(recipe.data), processes, console, own_images)
+    evaluator.tell(own_images.unreadable(processes) if own_images else [])
+    return evaluator
 
 
 def measure_quality(

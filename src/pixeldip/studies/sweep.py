@@ -13,6 +13,7 @@ from ..arguments import SweepArguments
 from ..errors import UserError
 from ..evaluation import Evaluator
 from ..evaluation.image_sets import SourceImages, open_images
+from ..evaluation.registry import METRICS
 from ..images import grid
 from ..pipeline import DiPPipeline
 from ..processes import Processes, choose_precision, start_processes
@@ -76,8 +77,9 @@ def sweep_command(arguments: SweepArguments) -> int:
         classes = classes_like(real, pipeline)
         patch_size = arguments.patch_size or pipeline.model.config.patch_size
         options = dataclasses.replace(arguments, reference="" if real else arguments.reference, patch_size=patch_size)
-        if "nearest" in options.metrics and not options.train_images:
-            raise UserError("nearest measures the distance to the training images: name them, --train-images")
+        of_training = [name for name in options.metrics if name in METRICS and METRICS[name].of_training]
+        if of_training and not options.train_images:
+            raise UserError(f"{of_training[0]} measures the distance to the training images: name them, --train-images")
         if not pipeline.model.config.num_classes:  # there is nothing to guide to
             settings = combinations(dataclasses.replace(arguments, guidance=(1.0,)))
         asked = ((name, getattr(arguments, name)) for name in ASKED)
@@ -88,7 +90,7 @@ def sweep_command(arguments: SweepArguments) -> int:
         if evaluator:  # what is measured now stands beside what was: the same images must be behind both
             images = {"reference": evaluator.reference, "train_images": evaluator.training}
             facts |= {f"{name}_sha256": opened.sha256 for name, opened in images.items() if opened}
-            evaluator.tell(real.warnings if real else [])
+            evaluator.tell([*real.warnings, *real.unreadable(processes)] if real else [])
             for warning in evaluator.warnings:
                 warn(console, warning)
         processes.on_main(lambda: claim(arguments.out, {"sweep": facts, "classes_as_reference": bool(classes)}))

@@ -1,6 +1,7 @@
 """The evaluation suite during training, on samples of the averaged weights, always of the same seeds."""
 
 import dataclasses
+import re
 from typing import Any
 
 from rich.console import Console
@@ -33,7 +34,8 @@ class TrainingEvaluator:
         try:
             self.evaluator = Evaluator(self.section, *size, processes, quiet, own_images)
         except UserError as error:
-            raise UserError(f"evaluation: {error}") from error
+            as_here = re.sub(r"(?<!\S)--(?=[a-z])", "--evaluation.", str(error))  # options of `pixeldip evaluate`
+            raise UserError(f"evaluation: {as_here}") from error
         for warning in self.evaluator.warnings:
             warn(console, warning)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from ..convert import load_release, release_pipeline
@@ -88,6 +89,7 @@ def load_pretrained(name: str, processes: Processes) -> DiPPipeline:
         try:
             if Path(name).suffix in RELEASE_FILES:
                 return release_pipeline(load_release(name))
+            diffusers_logging.disable_progress_bar()  # of loading one component
             return DiPPipeline.from_pretrained(name)
         except UserError as error:
             raise UserError(f"model.pretrained: {error}") from error

@@ -1,6 +1,7 @@
 """What the loop asks for at every step: random numbers by position, the learning rate, and what is due."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,13 @@ def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
     return section.lr * warmup * cooldown * cosine
 
 
+TIMES: dict[str, Callable[[Tensor, FlowSection], Tensor]] = {
+    "uniform": lambda u, section: u,
+    "logit_normal": lambda u, section: logit_normal_times(u, section.time_mean, section.time_std),
+}
+"""Schedule times (B,) in [0, 1] from uniform random numbers, by the name of their distribution."""
+
+
 def draw(
     section: FlowSection, objective: VelocityObjective, batch: Batch, x: Tensor, null_class: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,9 +39,7 @@ def draw(
         generator.manual_seed(fold_seed(seed, Stream.OBJECTIVE, position))
         noise[i].normal_(generator=generator)
         uniforms[i].uniform_(generator=generator)
-    r = uniforms[:, 0]
-    if (section.time_distribution or objective.times) == "logit_normal":
-        r = logit_normal_times(r, section.time_mean, section.time_std)
+    r = TIMES[section.time_distribution or objective.times](uniforms[:, 0], section)
     labels = batch.labels.to(x.device, non_blocking=True)
     return (
         drop_classes(labels, uniforms[:, 1], section.class_dropout, null_class),
