@@ -15,6 +15,7 @@ from pixeldip.cli import main
 from pixeldip.images import grid
 from pixeldip.processes import choose_precision
 from pixeldip.sampling import SampledImages, load_pipeline
+from pixeldip.settings import SamplingSettings
 from pixeldip.studies.sweep import ASKED, FirstImages, classes_like, reference_images
 from pixeldip.studies.sweep_report import Row, _lines, verdict
 from pixeldip.studies.sweep_settings import Setting, combinations
@@ -54,7 +55,8 @@ def test_every_combination_once() -> None:
             guidance=(1.0, 2.0),
             guidance_interval=((0.0, 1.0), (0.2, 0.8)),
             time_shift=(1.0, 3.0),
-        )
+        ),
+        SamplingSettings(),
     )
     ab2 = [s for s in found if s.solver == "ab2"]
     heun = [s for s in found if s.solver == "heun"]
@@ -68,6 +70,12 @@ def test_every_combination_once() -> None:
     )
 
 
+def test_what_is_left_out_is_the_models_own() -> None:
+    own = SamplingSettings(steps=13, solver="heun", guidance=9.0, guidance_interval=(0.2, 0.8), time_shift=2.0)
+    found = combinations(SweepArguments(model="m", guidance=(3.0,)), own)
+    assert found == [Setting("heun", 25, 3.0, (0.2, 0.8), 2.0)] and found[0].sampling.steps == 13
+
+
 def test_what_one_folder_holds_was_measured_alike() -> None:
     """Each argument varies from setting to setting, must be the same for all, or changes no number but by rounding."""
     changes_nothing = {"out", "device", "precision", "compile", "evaluation_batch_size", "cache", "verify"}
@@ -78,9 +86,9 @@ def test_what_one_folder_holds_was_measured_alike() -> None:
 
 
 def test_a_curve_is_of_one_setting() -> None:
-    found = combinations(
-        SweepArguments(model="m", evaluations=(10, 20), guidance=(1.0, 2.0), guidance_interval=((0.0, 1.0), (0.2, 0.8)))
-    )
+    intervals = (0.0, 1.0), (0.2, 0.8)
+    asked = SweepArguments(model="m", evaluations=(10, 20), guidance=(1.0, 2.0), guidance_interval=intervals)
+    found = combinations(asked, SamplingSettings())
     rows = [Row(setting, {}, Path("x.png")) for setting in found]
     over_evaluations = _lines(rows, "evaluations")
     assert len(over_evaluations) == 3  # unguided, and guided in two intervals
@@ -103,7 +111,7 @@ def test_without_classes_there_is_nothing_to_guide(tmp_path: Path, real: Path, c
     warning = f"{real}: files passed over, since they are not named as images that are read (1 .heic); make them PNG or"
     assert f"\nwarning: {warning}" in capsys.readouterr().out
     assert warning in (tmp_path / "sweep" / "report.md").read_text()
-    assert [path.name for path in (tmp_path / "sweep" / "settings").glob("*.json")] == ["ab2-1-guidance1.json"]
+    assert [path.name for path in (tmp_path / "sweep" / "settings").glob("*.json")] == ["euler-1-guidance1.json"]
     sample = ["sample", str(tmp_path / "model"), "--seeds", "0", "--steps", "1", "--out", str(tmp_path / "samples")]
     assert main([*sample, "--guidance", "3"]) == 2
     assert "the model was trained without classes" in capsys.readouterr().err
@@ -137,7 +145,7 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     assert sweep(*arguments, "--guidance", 1, 3, 8) == 0  # one more: the others stay as they are
     assert "1 of 1" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    lost = out / "settings" / "ab2-2-guidance1.png"
+    lost = out / "settings" / "euler-2-guidance1.png"
     lost.unlink()
     assert sweep(*arguments, "--guidance", 1, 3, 8) == 0 and lost.is_file()  # made again
     results = [json.loads(path.read_text()) for path in (out / "settings").glob("*.json")]
@@ -145,7 +153,7 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     assert {r["count"] for r in results} == {12} and all(r["seconds_per_image"] > 0 for r in results)
     pipeline = load_pipeline(str(model), CPU, choose_precision("auto", CPU))
     classes = classes_like(reference_images(SweepArguments(model="m", reference=str(real)), (32, 32)), pipeline)
-    three = Setting("ab2", 2, 3.0, (0.0, 1.0), 1.0)
+    three = Setting("euler", 2, 3.0, (0.0, 1.0), 1.0)
     samples = SampledImages(pipeline, three.sampling, range(12), classes).read(0, 12)
     sheet = grid([Image.fromarray(pixels) for pixels in samples], 12)
     assert np.array_equal(np.asarray(Image.open(out / "settings" / f"{three.name}.png")), np.asarray(sheet))
@@ -154,7 +162,7 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
         for words in ("guidance 1", "guidance 3", "guidance 8", "real images", "Lowest EfficientNet KD"):
             assert words in text
     assert text.count("data:image/png;base64,") == 3 and text.count("<svg") == 1
-    undefined = out / "settings" / "ab2-2-guidance1.json"  # as of samples of one grey, which have no borders
+    undefined = out / "settings" / "euler-2-guidance1.json"  # as of samples of one grey, which have no borders
     values = json.loads(undefined.read_text())
     del values["metrics"]["boundary"], values["floors"]["boundary"]
     undefined.write_text(json.dumps(values))
@@ -164,7 +172,7 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     # a smaller report does not take the place of the larger one
     report = (out / "report.html").read_bytes()
     assert sweep(*arguments, "--guidance", 5, 3) == 2
-    lost = "ab2-2-guidance1, ab2-2-guidance8-from0to1"
+    lost = "euler-2-guidance1, euler-2-guidance8-from0to1"
     assert f"report.html would lose {lost}: ask for these, too, or move" in capsys.readouterr().err
     assert (out / "report.html").read_bytes() == report and len(list((out / "settings").glob("*.json"))) == 3
     make_picture(99, 32, 32).save(real / "ant" / "0.png")  # another image of the same name

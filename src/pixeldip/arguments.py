@@ -151,17 +151,18 @@ class StudyArguments:
 @dataclass
 class SweepArguments(EvaluationOptions):
     """Sample a model with every combination of settings, measure them all on the same seeds, and write one report:
-    which guidance, which solver, how many steps. What is in --out already is not measured again."""
+    which guidance, which solver, how many steps. But for the guidance, what is left out is as the model was saved to be
+    sampled. What is in --out already is not measured again."""
 
     model: tyro.conf.Positional[str] = tyro.MISSING
     """A run folder, a saved model folder or a hub id."""
     guidance: Annotated[tuple[float, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 3.0, 4.0)
-    guidance_interval: Annotated[tuple[tuple[Fraction, Fraction], ...], Field(min_length=1)] = ((0.1, 1.0),)
+    guidance_interval: Annotated[tuple[tuple[Fraction, Fraction], ...], Field(min_length=1)] | None = None
     """One or more pairs, for instance 0 1 0.1 1."""
-    solver: Annotated[tuple[Solver, ...], Field(min_length=1)] = ("ab2",)
-    evaluations: Annotated[tuple[Positive, ...], Field(min_length=1)] = (20,)
+    solver: Annotated[tuple[Solver, ...], Field(min_length=1)] | None = None
+    evaluations: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     """Of the network, a guided pair counted as one: as many steps, or half as many of heun."""
-    time_shift: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (1.0,)
+    time_shift: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
     images: Annotated[int, Field(ge=4)] = 1000
     """Samples of every combination, seeds 0, 1, 2 …; with the reference's classes in its numbers, if it has classes
     of the model's names."""

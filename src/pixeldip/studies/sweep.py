@@ -67,11 +67,13 @@ def sweep_command(arguments: SweepArguments) -> int:
     Raises:
         UserError: for every mistake in the arguments or files.
     """
-    settings = combinations(arguments)
     with start_processes(arguments.device) as processes:
         console = PlainConsole(quiet=not processes.is_main)
         precision = choose_precision(arguments.precision, processes.device)
         pipeline = load_pipeline(arguments.model, processes.device, precision, arguments.compile)
+        if not pipeline.model.config.num_classes:  # there is nothing to guide to
+            arguments = dataclasses.replace(arguments, guidance=(1.0,))
+        settings = combinations(arguments, pipeline.default_settings)
         size = pipeline.config.height, pipeline.config.width
         real = reference_images(arguments, size)
         classes = classes_like(real, pipeline)
@@ -80,8 +82,6 @@ def sweep_command(arguments: SweepArguments) -> int:
         of_training = [name for name in options.metrics if name in METRICS and METRICS[name].of_training]
         if of_training and not options.train_images:
             raise UserError(f"{of_training[0]} measures the distance to the training images: name them, --train-images")
-        if not pipeline.model.config.num_classes:  # there is nothing to guide to
-            settings = combinations(dataclasses.replace(arguments, guidance=(1.0,)))
         asked = ((name, getattr(arguments, name)) for name in ASKED)
         facts = {name: str(value) if isinstance(value, Path) else value for name, value in asked}
         facts |= {"device": processes.device.type, "weights": weights_sha256(pipeline.model)}

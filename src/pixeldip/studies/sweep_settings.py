@@ -47,18 +47,23 @@ class Setting:
         )
 
 
-def combinations(arguments: SweepArguments) -> list[Setting]:
-    """Every combination of the values of `SweepArguments`, each once: without guidance there is no interval, and
-    Heun's solver takes an odd number of evaluations.
+def combinations(arguments: SweepArguments, own: SamplingSettings) -> list[Setting]:
+    """Every combination of the values of `SweepArguments`, or else of the model's own, each once: without guidance
+    there is no interval, and Heun's solver takes an odd number of evaluations.
 
     Raises:
         UserError: if an interval is the wrong way round.
     """
-    for interval in arguments.guidance_interval:
+    intervals = arguments.guidance_interval or (own.guidance_interval,)
+    for interval in intervals:
         check_interval(interval)
-    lists = (arguments.solver, arguments.evaluations, arguments.guidance, arguments.guidance_interval)
+    solvers = arguments.solver or (own.solver,)
+    counts = arguments.evaluations or (evaluations(own.solver, own.steps),)
+    shifts = arguments.time_shift or (own.time_shift,)
     found: dict[str, Setting] = {}
-    for solver, count, guidance, interval, shift in itertools.product(*lists, arguments.time_shift):
+    for solver, count, guidance, interval, shift in itertools.product(
+        solvers, counts, arguments.guidance, intervals, shifts
+    ):
         interval = (0.0, 1.0) if guidance == 1 else tuple(interval)
         asked = Setting(solver, count, guidance, interval, shift)
         setting = dataclasses.replace(asked, evaluations=evaluations(solver, asked.sampling.steps))
