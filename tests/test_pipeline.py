@@ -1,5 +1,6 @@
 """The pipeline as users of diffusers know pipelines."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.flow import SOLVERS, evaluations
-from pixeldip.sampling import SampledImages
+from pixeldip.sampling import SampledImages, load_pipeline
 from pixeldip.settings import SamplingSettings
 
 from .conftest import TINY_MODEL, opened_up
@@ -225,6 +226,23 @@ def test_batch_sizes_and_intervals_do_not_compile_again(pipeline: DiPPipeline) -
         for interval in ((0.1, 1.0), (0.0, 1.0), (0.3, 0.6)):
             for scale in (1.0, 1.5, 4.0):
                 assert graphs_after(images, guidance_interval=interval, guidance_scale=scale) == 2
+
+
+def test_commands_compile_once_for_each_number_of_sequences(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch and, where it is guided, twice as many; the last batch is a smaller one."""
+    torch.compiler.reset()
+    compiled = CompileCounter()
+    compiling = functools.partialmethod(DiP.compile_repeated_blocks, backend=compiled)
+    monkeypatch.setattr(DiP, "compile_repeated_blocks", compiling)
+    pipeline = load_pipeline(str(model_folder), CPU, compiled=True)
+    for images, graphs in ((3, 2), (1, 4), (3, 4)):
+        for interval in ((0.3, 1.0), (0.0, 1.0), (0.3, 0.6)):
+            for scale in (4.0, 1.5, 1.0):
+                settings = SamplingSettings(4, "euler", scale, interval)
+                SampledImages(pipeline, settings, range(7)).read(0, images)
+                assert compiled.frame_count == graphs
 
 
 @pytest.mark.parametrize(

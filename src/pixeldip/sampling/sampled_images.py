@@ -30,7 +30,7 @@ def load_pipeline(
 
     Args:
         precision: int8 is of most products of the backbone, the rest in what "auto" is.
-        compiled: with compiled blocks, which is done for each batch size when it first occurs.
+        compiled: with compiled blocks, which is done when a batch size first occurs, guided or not.
 
     Raises:
         UserError: if there is no model of that name, or it cannot be had from the hub.
