@@ -1,4 +1,4 @@
-"""A step as `pixeldip train` takes it, beside the bare step that `pixeldip bench training` times: a table, one JSON line.
+"""A step as `pixeldip train` takes it, beside the bare one of `pixeldip bench training`: a table, and one JSON line.
 
     python benchmarks/trainer_step.py [--recipe demo] [--model PRESET] [--batch N] [--rounds 7] [--out FILE]
 
@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from pixeldip import DiP
 from pixeldip.bench.contenders import Contender, compare
@@ -25,6 +26,7 @@ from pixeldip.model import network_config
 from pixeldip.processes import Processes, choose_device, choose_precision
 from pixeldip.provenance import environment
 from pixeldip.recipe import Recipe, image_size, load_recipe
+from pixeldip.terminal import progress
 from pixeldip.training.divergence import Watch
 from pixeldip.training.learner import Learner
 from pixeldip.training.preparation import model_config
@@ -79,7 +81,8 @@ def main() -> None:
         "fp32": trainer_contender(exact, copy.deepcopy(model), batch, processes),
         "DiT-only": trainer_contender(recipe, headless, batch, processes),
     }
-    timings = compare(contenders, asked.rounds, device)
+    with progress(Console(stderr=True), "turns") as start:
+        timings = compare(contenders, asked.rounds, device, start)
     for name, row in timings.rows.items():
         print(f"{name:<9} {row['milliseconds']:7.1f} ± {row['spread']:.1f} ms {row['images_per_second']:7.1f} images/s")
     ratios = timings.ratios()

@@ -95,11 +95,13 @@ def test_what_does_not_fit_is_named() -> None:
     def small() -> Contender:
         return Contender(lambda: torch.randn(3, 4) @ torch.randn(4, 5), 1, 1, torch.float32, 20)
 
-    timings = compare_alone({"ours": small, "plain": too_large, "ours, other": small}, 3, CPU)
+    done: list[float] = []
+    makers = {"ours": small, "plain": too_large, "ours, other": small}
+    timings = compare_alone(makers, 3, CPU, lambda title, total: done.append(-total) or done.append)
     assert list(timings.rows) == ["ours", "ours, other"] and timings.record()["too_large"] == ["plain"]
-    assert len(timings.ratios()) == 1
+    assert len(timings.ratios()) == 1 and len(done) == 12 and sum(done) == 0  # all the turns that were announced
     with pytest.raises(UserError, match="plain: the device's memory does not hold a step; give a smaller --batch"):
-        compare_alone({"plain": too_large}, 3, CPU)
+        compare_alone({"plain": too_large}, 3, CPU, lambda title, total: done.append)
 
 
 def run(what: str, tmp_path: Path, capsys: pytest.CaptureFixture, *flags: str) -> dict:

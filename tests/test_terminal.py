@@ -10,7 +10,7 @@ def test_a_log_file_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(terminal.time, "perf_counter", lambda: now[0])
     file = io.StringIO()
-    with terminal.image_progress(Console(file=file)) as start:
+    with terminal.progress(Console(file=file)) as start:
         advance = start("Samples", 300)
         for _ in range(6):
             now[0] += 25

@@ -24,6 +24,9 @@ from rich.progress import (
 from rich.text import Text
 
 Advance = Callable[[float], None]
+StartPass = Callable[[str, int], Advance]
+"""Given a title and how many there are, starts a pass over them, and returns what to call with the (possibly
+fractional) number just done."""
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -96,21 +99,21 @@ def quieted(logger_name: str) -> Iterator[None]:
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} images/s" if task.speed else "")
+        return Text(f"{task.speed:.1f} {self.unit}/s" if task.speed else "")
 
 
 @contextmanager
-def image_progress(console: Console) -> Iterator[Callable[[str, int], Advance]]:
-    """Yields a function that starts a pass over images, given a title and their number, and returns the function to
-    call with the (possibly fractional) number of images just done.
-
-    A terminal gets a bar per pass; a log file gets a line every half minute.
-    """
+def progress(console: Console, unit: str = "images") -> Iterator[StartPass]:
+    """Yields what starts a pass. A terminal gets a bar per pass; a log file gets a line every half minute."""
     if not console.is_terminal:
-        yield lambda title, total: _lines(console, title, total)
+        yield lambda title, total: _lines(console, title, total, unit)
         return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Rate(unit))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
 
         def start(title: str, total: int) -> Advance:
@@ -120,7 +123,7 @@ def image_progress(console: Console) -> Iterator[Callable[[str, int], Advance]]:
         yield start
 
 
-def _lines(console: Console, title: str, total: int) -> Advance:
+def _lines(console: Console, title: str, total: int, unit: str) -> Advance:
     began = said = time.perf_counter()
     done = 0.0
 
@@ -133,7 +136,7 @@ def _lines(console: Console, title: str, total: int) -> Advance:
             said = now
             rate = done / max(now - began, 1e-9)
             left = "" if finished else f"  {clock((total - done) / rate)} left"
-            say(console, f"{title} {round(done)}/{total}  {rate:.1f} images/s{left}")
+            say(console, f"{title} {round(done)}/{total}  {rate:.1f} {unit}/s{left}")
 
     return advance
 

@@ -18,7 +18,7 @@ from ..processes import Processes, choose_device, choose_precision
 from ..provenance import environment
 from ..sampling import load_pipeline
 from ..settings import refuse_flags
-from ..terminal import PlainConsole, say
+from ..terminal import PlainConsole, StartPass, progress, say
 from .latency import bench_latency
 from .memory import bench_memory
 from .plot import plot
@@ -67,8 +67,8 @@ def bench_command(arguments: BenchArguments) -> None:
         check_writable(arguments.out)
     what = f"{model.num_parameters() / 1e6:.1f} M parameters, images of {size[0]}x{size[1]}"
     say(console, f"{arguments.what}: {arguments.model}, {what}, {device.type}")
-    with console.status("measuring"), as_compiled_as_told() if arguments.compile else contextlib.nullcontext():
-        result, asked = _measure(arguments, model, size, device)
+    with progress(console, "turns") as start, as_compiled_as_told() if arguments.compile else contextlib.nullcontext():
+        result, asked = _measure(arguments, model, size, device, start)
     for line in _table(result):
         console.print(line)
     record = {
@@ -98,24 +98,24 @@ def as_compiled_as_told() -> Iterator[None]:
 
 
 def _measure(
-    arguments: BenchArguments, model: DiP, size: tuple[int, int], device: torch.device
+    arguments: BenchArguments, model: DiP, size: tuple[int, int], device: torch.device, start: StartPass
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The benchmark's result, and those of the arguments that it went by."""
     what, batch, rounds, compiled = arguments.what, arguments.batch, arguments.rounds, arguments.compile
     batches, processes = sorted(set(arguments.batches)), sorted({1, *arguments.processes})
     precision = choose_precision("auto", device)
     if what == "latency":
-        result = bench_latency(model, size, batch, rounds, compiled, device, arguments.heads, arguments.latent)
+        result = bench_latency(model, size, batch, rounds, compiled, device, arguments.heads, arguments.latent, start)
         return result, {"batch": batch, "rounds": rounds}
     if what == "training":
-        result = bench_training(model, size, batch, rounds, compiled, device, precision, arguments.heads)
+        result = bench_training(model, size, batch, rounds, compiled, device, precision, arguments.heads, start)
         return result, {"batch": batch, "rounds": rounds}
     if what == "throughput":
-        result = bench_throughput(model, size, batches, rounds, compiled, device, precision)
+        result = bench_throughput(model, size, batches, rounds, compiled, device, precision, start)
         return result, {"batches": batches, "rounds": rounds, "compiled": compiled}
     if what == "memory":
-        return bench_memory(model, size, batches, device, precision, arguments.heads), {"batches": batches}
-    result = bench_scaling(model, size, batch, processes, rounds, device, precision)
+        return bench_memory(model, size, batches, device, precision, arguments.heads, start), {"batches": batches}
+    result = bench_scaling(model, size, batch, processes, rounds, device, precision, start)
     return result, {"batch": batch, "processes": processes, "rounds": rounds}
 
 

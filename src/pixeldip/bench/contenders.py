@@ -10,7 +10,8 @@ import torch
 
 from ..errors import UserError
 from ..processes import precision_name
-from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns
+from ..terminal import StartPass
+from .timing import Ceilings, Step, Times, count_flops, ratio, take_turns, turns
 
 
 class Int8Part(NamedTuple):
@@ -95,13 +96,15 @@ class Timings:
         return {f"{name} / {other}": ratio(self.seconds, name, other) for name, other in pairs.items()}
 
 
-def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> Timings:
-    """Times contenders in turn.
+def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.device, start: StartPass) -> Timings:
+    """Times contenders in turn, and shows how far it is.
 
     A row has parameters, milliseconds and their spread, images per second, GFLOP, the floor in milliseconds that the
     device's ceilings put under it, and the share of that limit reached.
     """
-    seconds = take_turns({name: contender.step for name, contender in contenders.items()}, rounds, device)
+    advance = start("Timing", turns(contenders, rounds))
+    steps = {name: contender.step for name, contender in contenders.items()}
+    seconds = take_turns(steps, rounds, device, advance=advance)
     precisions = dict.fromkeys(precision for contender in contenders.values() for precision in contender.precisions)
     ceilings = {precision: Ceilings.measure(device, precision) for precision in precisions}
     rows = {}
@@ -124,7 +127,9 @@ def compare(contenders: Mapping[str, Contender], rounds: int, device: torch.devi
     return Timings(rows, seconds, limits)
 
 
-def compare_alone(makers: Mapping[str, Callable[[], Contender]], rounds: int, device: torch.device) -> Timings:
+def compare_alone(
+    makers: Mapping[str, Callable[[], Contender]], rounds: int, device: torch.device, start: StartPass
+) -> Timings:
     """As `compare`, one after another, each alone in the device's memory: for a GPU, whose pace hardly drifts, and
     contenders that fill it. One that does not fit is left out.
 
@@ -134,7 +139,7 @@ def compare_alone(makers: Mapping[str, Callable[[], Contender]], rounds: int, de
     whole, too_large = Timings({}, {}, {}), []
     for name, make in makers.items():
         try:
-            part = compare({name: make()}, rounds, device)
+            part = compare({name: make()}, rounds, device, start)
         except torch.OutOfMemoryError:
             too_large.append(name)
         else:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..model import DiP
 from ..processes import autocast, computes_in_int8
 from ..replay import recordable
+from ..terminal import StartPass
 from .contenders import Contender, compare
 from .heads import other_heads
 from .latent import STEPS as LATENT_STEPS
@@ -30,6 +31,7 @@ def bench_latency(
     device: torch.device,
     heads: bool,
     latent: bool,
+    start: StartPass,
 ) -> dict[str, Any]:
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
@@ -57,7 +59,7 @@ def bench_latency(
         images = batch / LATENT_STEPS
         contenders[DIT] = Contender(other.step(), batch, images, torch.bfloat16, other.transformer.num_parameters())
         contenders[VAE] = Contender(other.decode(), batch, batch, torch.bfloat16, other.vae.num_parameters())
-    timings = compare(contenders, rounds, device)
+    timings = compare(contenders, rounds, device, start)
     ratios = timings.ratios(dict.fromkeys(others, "ours, bf16"))
     return {**timings.record(), "images": _whole_images(timings.rows), "ratios": ratios, "errors": errors}
 

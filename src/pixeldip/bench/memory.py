@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..model import DiP, network_config
+from ..terminal import StartPass
 from .heads import other_heads
 from .steps import TrainingStep, noise_and_labels, sampling_contender
 from .timing import Step, synchronise
@@ -40,6 +41,7 @@ def bench_memory(
     device: torch.device,
     precision: torch.dtype,
     heads: bool,
+    start: StartPass,
 ) -> dict[str, Any]:
     """Peak memory of a few steps for each batch size, beyond what the process held before it built the model.
 
@@ -63,8 +65,12 @@ def bench_memory(
     if heads:
         asked |= {f"{doing}, {name}": (of, doing) for name, of in other_heads(model).items() for doing in DOINGS}
 
+    advance = start("Measuring", len(asked) * len(batches))
+
     def peak(of: Mapping[str, Any], batch: int, doing: str) -> float | None:
-        return _peak_if_it_fits(functools.partial(_take_steps, of, size, batch, doing, device, precision), device)
+        found = _peak_if_it_fits(functools.partial(_take_steps, of, size, batch, doing, device, precision), device)
+        advance(1)
+        return found
 
     peaks = {name: {batch: peak(of, batch, doing) for batch in batches} for name, (of, doing) in asked.items()}
     fitting = {name: {batch: peak for batch, peak in of.items() if peak is not None} for name, of in peaks.items()}

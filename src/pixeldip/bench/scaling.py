@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..heap import keep_freed_memory
 from ..model import DiP, network_config
 from ..processes import start_processes
+from ..terminal import StartPass
 from .steps import TrainingStep, noise_and_labels
 from .timing import Times, take_turns
 
@@ -25,6 +26,7 @@ def bench_scaling(
     rounds: int,
     device: torch.device,
     precision: torch.dtype,
+    start: StartPass,
 ) -> dict[str, Any]:
     """DistributedDataParallel with `batch` images in each process, for each number of processes, of which one is 1.
 
@@ -42,6 +44,7 @@ def bench_scaling(
     threads = max(1, (os.cpu_count() or 1) // max(processes))
     arguments = (network_config(model.config), size, batch, rounds, device.type, precision, threads)
     rows: dict[str, dict[str, float]] = {}
+    advance = start("Measuring", len(processes))
     for count in processes:
         launch = LaunchConfig(
             min_nodes=1,
@@ -63,6 +66,7 @@ def bench_scaling(
             "spread": 1e3 * times.spread,
             "images_per_second": count * batch / times.median,
         }
+        advance(1)
     for name, row in rows.items():
         row["efficiency"] = row["images_per_second"] / rows["1"]["images_per_second"] / int(name)
     series = {"training": [[count, rows[str(count)]["images_per_second"]] for count in processes]}

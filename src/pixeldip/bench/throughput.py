@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..model import DiP
+from ..terminal import StartPass
 from .contenders import Contender, compare
 from .steps import TrainingStep, counted_apart, noise_and_labels, replayed, sampling_contender
 
@@ -19,6 +20,7 @@ def bench_throughput(
     compiled: bool,
     device: torch.device,
     precision: torch.dtype,
+    start: StartPass,
 ) -> dict[str, Any]:
     """Guided Euler steps with bf16 weights, 100 to an image, and training steps, for each batch size.
 
@@ -43,7 +45,7 @@ def bench_throughput(
         x, y = noise_and_labels(model, size, batch, device)
         contenders[f"sampling, {batch}"] = sampling_contender(replayed(half), x, y, counted=eager)
         contenders[f"training, {batch}"] = trainer.contender(x, y, counted=trained_apart)
-    timings = compare(contenders, rounds, device)
+    timings = compare(contenders, rounds, device, start)
     series = {
         done: [[batch, timings.rows[f"{done}, {batch}"]["images_per_second"]] for batch in batches]
         for done in ("sampling", "training")

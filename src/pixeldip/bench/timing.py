@@ -4,7 +4,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..processes import Processes
+from ..terminal import Advance
 
 Step = Callable[[], object]
 WARM_UP = 2
@@ -33,7 +34,11 @@ class Times:
 
 
 def take_turns(
-    steps: Mapping[str, Step], rounds: int, device: torch.device, processes: Processes | None = None
+    steps: Mapping[str, Step],
+    rounds: int,
+    device: torch.device,
+    processes: Processes | None = None,
+    advance: Advance = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of each step in each round; in a round every step runs once, so that all meet the same machine.
 
@@ -41,18 +46,26 @@ def take_turns(
 
     Args:
         processes: that take the steps together, and equally often, or they would wait for each other for ever.
+        advance: called with 1 for each of the `turns` taken.
     """
     repeats = {}
     for name, step in steps.items():
         for _ in range(WARM_UP):
             step()
+            advance(1)
         wanted = math.ceil(LEAST_SECONDS / seconds_of(step, 1, device)) if device.type == "cuda" else 1
         repeats[name] = max(processes.all_gather(wanted)) if processes else wanted
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             seconds[name].append(seconds_of(step, repeats[name], device))
+            advance(1)
     return seconds
+
+
+def turns(steps: Collection, rounds: int) -> int:
+    """How many of them `take_turns` takes."""
+    return len(steps) * (WARM_UP + rounds)
 
 
 def seconds_of(step: Step, repeats: int, device: torch.device) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..flow import interpolate
 from ..model import DiP
 from ..processes import autocast
+from ..terminal import StartPass
 from .contenders import Contender, compare, compare_alone
 from .heads import other_heads
 from .release import ReleaseDiP, has_releases_form
@@ -28,6 +29,7 @@ def bench_training(
     device: torch.device,
     precision: torch.dtype,
     heads: bool,
+    start: StartPass,
 ) -> dict[str, Any]:
     """Forward and backward pass, AdamW and EMA of `batch` images, with all labels at hand.
 
@@ -53,14 +55,14 @@ def bench_training(
     if heads:
         others |= {name: ("ours", functools.partial(other, config)) for name, config in other_heads(model).items()}
     if device.type == "cuda":
-        timings = compare_alone(makers | {name: make for name, (_, make) in others.items()}, rounds, device)
+        timings = compare_alone(makers | {name: make for name, (_, make) in others.items()}, rounds, device, start)
         return {**timings.record(), "ratios": timings.ratios()}
     contenders = {name: make() for name, make in makers.items()}
-    timings = compare(contenders, rounds, device)
+    timings = compare(contenders, rounds, device, start)
     result = {**timings.record(), "ratios": timings.ratios()}
     for name, (beside, make) in others.items():
         contenders = {beside: contenders.get(beside) or makers[beside]()}  # the memory of the rest is needed
-        pair = compare(contenders | {name: make()}, rounds, device)
+        pair = compare(contenders | {name: make()}, rounds, device, start)
         result["steps"][name] = pair.rows[name]
         result["ratios"][f"{name} / {beside}"] = ratio(pair.seconds, name, beside)
     return result

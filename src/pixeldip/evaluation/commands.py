@@ -10,7 +10,7 @@ from ..processes import choose_precision, start_processes
 from ..run_folder import names_a_model
 from ..sampling import SampledImages, chosen_settings, image_writer, load_pipeline
 from ..settings import SamplingFlags, refuse_flags
-from ..terminal import PlainConsole, image_progress, say, warn
+from ..terminal import PlainConsole, progress, say, warn
 from .extractors import load_together
 from .image_sets import open_images
 from .reference import write_reference
@@ -72,7 +72,7 @@ def reference_command(arguments: ReferenceArguments) -> None:
         extractor = load_together("inception", processes, arguments.inception_weights)
         for warning in [*told, *extractor.warnings]:
             warn(console, warning)
-        with image_progress(console) as start_pass:
+        with progress(console) as start_pass:
             write_reference(
                 images,
                 arguments.out,

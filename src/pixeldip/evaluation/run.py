@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..processes import Processes, choose_device, exact_matmuls
 from ..provenance import environment
 from ..sampling import ImageWriter
 from ..settings import EvaluationOptions, check_values
-from ..terminal import Advance, PlainConsole, image_progress, printable, say
+from ..terminal import PlainConsole, StartPass, printable, progress, say
 from .extractors import Extractor, load_together
 from .image_sets import ImageSet, SourceImages, open_samples
 from .limits import label_warnings, pixel_warnings, reference_warnings, singular_warnings
@@ -77,7 +77,7 @@ class Evaluator:
             name: load_together(name, processes, options.inception_weights, options.dinov2) for name in names
         }
         self.warnings += [w for e in self.extractors.values() for w in e.warnings]
-        with image_progress(self.console) as start_pass:
+        with progress(self.console) as start_pass:
             if self.reference:
                 self._measure(self.reference, self._needed_of_reference(), False, start_pass)
             if self.training:
@@ -169,9 +169,7 @@ class Evaluator:
         read = [m for m in metrics if m.kept or (m.moments and m.moments not in self.reference.statistics)]
         return list(dict.fromkeys(metric.extractor for metric in read))
 
-    def _measure(
-        self, reference: Reference, names: list[str], keep_all: bool, start: Callable[[str, int], Advance]
-    ) -> None:
+    def _measure(self, reference: Reference, names: list[str], keep_all: bool, start: StartPass) -> None:
         if reference.images is None or not (names or any(METRICS[name].of_pixels for name in self.metrics)):
             return
         title = f"Real images, {reference.name}"
@@ -221,7 +219,7 @@ class Evaluator:
                 list(self.extractors.values()),
                 self.processes,
                 self.options.evaluation_batch_size,
-                advance=stack.enter_context(image_progress(self.console))("Samples", len(images)),
+                advance=stack.enter_context(progress(self.console))("Samples", len(images)),
                 save=writer and writer.add,
             )
         return self.processes.on_main(lambda: self._compare(images, samples, patch_size, warnings, began))

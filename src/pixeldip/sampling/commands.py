@@ -9,7 +9,7 @@ import numpy as np
 from ..arguments import SampleArguments
 from ..images import GRID
 from ..processes import Processes, choose_precision, start_processes
-from ..terminal import PlainConsole, image_progress, say
+from ..terminal import PlainConsole, progress, say
 from .sampled_images import SampledImages, chosen_settings, load_pipeline
 from .seeds import parse_seeds
 from .writers import image_writer
@@ -48,7 +48,7 @@ def sample_to_file(images: SampledImages, out: Path, batch_size: int, processes:
     with contextlib.ExitStack() as stack:
         writer = image_writer(images, out)
         processes.on_main(lambda: bool(stack.enter_context(writer)))
-        advance = stack.enter_context(image_progress(console))("Sampling", len(images))
+        advance = stack.enter_context(progress(console))("Sampling", len(images))
         for first in range(0, len(starts), processes.world_size):
             own = starts[first + processes.rank : first + processes.rank + 1]
             until = min(starts[first] + processes.world_size * batch_size, len(images))
