@@ -19,7 +19,7 @@ from pixeldip.images import from_uint8, psnr
 from pixeldip.recipe import load_recipe, save_recipe
 from pixeldip.studies import STUDIES, measures
 from pixeldip.studies.comparison import base_recipe, chosen_contenders
-from pixeldip.studies.comparison_report import Measure, difference, paper_table, student_t
+from pixeldip.studies.comparison_report import Measure, difference, in_order, paper_table, student_t
 from pixeldip.studies.comparisons import COMPARISONS
 from pixeldip.studies.features import block_features, chosen_rows, probe_accuracy, silhouette
 from pixeldip.studies.measures import TIMES, measure_costs, validation_losses
@@ -233,6 +233,11 @@ def test_real_images_score_otherwise_at_other_patch_sizes() -> None:
     assert borders.floor == "0.85 to 0.95"
     assert dataclasses.replace(borders, floors=(0.951, 0.954)).floor == "0.95"
     assert dataclasses.replace(borders, floors=()).floor == ""
+
+
+def test_metrics_stand_as_they_were_asked_for() -> None:
+    """The first decides what a sweep calls best, also where it is not defined for the first setting."""
+    assert in_order([{"boundary": 1.0}, {"nearest": 2.0, "boundary": 1.0}]) == ["nearest", "boundary"]
 
 
 def test_a_comparison_and_what_it_keeps(

@@ -130,9 +130,9 @@ def _measures(rows: Sequence[Row]) -> list[Measure]:
 
 
 def in_order(metrics: Iterable[Mapping[str, float]]) -> list[str]:
-    """The names of all metrics of several results, some of which may lack one that is not defined for their samples."""
-    names = {name for one in metrics for name in one}
-    return [name for name in METRICS if name in names]
+    """The names of all metrics of several results, as they were asked for; some results may lack one that is not
+    defined for their samples."""
+    return list(dict.fromkeys(name for one in sorted(metrics, key=len, reverse=True) for name in one))
 
 
 def _cells(row: Row, measures: Sequence[Measure], rows: Sequence[Row]) -> list[str]:
