@@ -134,6 +134,12 @@ def field(page: Page, label: str):
     return page.get_by_role("listbox", name=label, exact=True).or_(page.get_by_label(label, exact=True)).first
 
 
+def choose(page: Page, label: str, option: str) -> None:
+    """Chooses an option of the field, in the tab that is shown."""
+    page.get_by_label(label, exact=True).locator("visible=true").click()
+    page.get_by_role("option", name=option).locator("visible=true").click()
+
+
 def generate(page: Page) -> None:
     """Presses Generate and waits for the result and its place in the gallery."""
     first = page.locator("#gallery img").first
@@ -320,6 +326,7 @@ def test_follow_a_run(page: Page, folder: Path) -> None:
     (second / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
     images = (second / "previews").rename(second / "elsewhere")
     page.get_by_role("button", name="Look for runs").click()
+    choose(page, "Run", "runs/second")
     expect(line).to_contain_text("step 3 of 4 · loss 0.1250 · 2 images/s · 0:02 left")
     expect(previews).to_be_hidden()
     images.rename(second / "previews")
@@ -327,6 +334,15 @@ def test_follow_a_run(page: Page, folder: Path) -> None:
     with (second / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**entry, "step": 4, "loss": 0.0625}) + "\n")
     expect(line).to_contain_text("step 4 of 4 · loss 0.0625")  # by itself
+    (folder / "runs" / "third").mkdir()
+    (folder / "runs" / "third" / "metrics.jsonl").touch()
+    page.get_by_role("button", name="Look for runs").click()
+    expect(field(page, "Run")).to_have_value("runs/second")
+    shutil.rmtree(second)
+    expect(line).to_have_text("runs/second is not here any more.")
+    shutil.rmtree(folder / "runs" / "third")
+    page.get_by_role("button", name="Look for runs").click()
+    expect(field(page, "Run")).to_have_value("runs/first")
 
 
 def test_on_a_phone_from_the_keyboard(browser: Browser, address: str, tmp_path: Path) -> None:

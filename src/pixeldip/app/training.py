@@ -118,7 +118,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
                     height=480,
                     alt_text="Samples of the averaged weights, always of the same seeds",
                 )
-                when = gr.Slider(0, 1, 0, step=1, label="Previews over time", interactive=False)
+                when = gr.Slider(0, 1, 0, step=1, label="Previews over time", interactive=False, buttons=[])
             with gr.Column(scale=2, min_width=280):
                 table = gr.Dataframe(
                     headers=["step", "saved", "MiB"],
@@ -131,13 +131,16 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
     timer = gr.Timer(SECONDS_BETWEEN_LOOKS, active=False)
     outputs = [looked, line, details, loss, rate, over_time, preview, when, table, evaluations]
 
-    def find() -> Any:
+    def find(name: str | None) -> Any:
         runs = models.runs()
-        return gr.update(choices=runs, value=runs[0] if runs else None)
+        first = runs[0] if runs else None
+        return gr.update(choices=runs, value=name if name in runs else first)
 
     def look(name: str | None, before: Looked | None, index: float) -> dict[Any, Any]:
-        if not name or name not in models.runs():
+        if not name:
             return without("No run has begun in the folders looked through: `pixeldip train` begins one.")
+        if name not in models.runs():
+            return without(f"`{name}` is not here any more.")
         try:
             now = RunNow.read(Path(name))
         except (UserError, OSError) as error:
@@ -180,8 +183,7 @@ def training_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         except (OSError, BrokenImage):
             return gr.update(value=None, label=f"Step {step_of(file):,}: cannot be read")
 
-    page.load(find, None, run, **PLAIN)
-    again.click(find, None, run, **PLAIN)
+    gr.on([page.load, again.click], find, run, run, **PLAIN)
     gr.on([run.change, timer.tick], look, [run, looked, when], outputs, **PLAIN)
     when.input(show, [run, when], preview, trigger_mode="always_last", **PLAIN)
     tab.select(lambda: gr.update(active=True), None, timer, **PLAIN)
