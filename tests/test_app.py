@@ -238,9 +238,11 @@ def test_files_without_a_note(tmp_path: Path) -> None:
         ("jpeg", "not a PNG file"),
         ("cut", "not a PNG file"),
         ("empty", "not a PNG file"),
+        ("deleted", r"\(No such file or directory\)"),
     ]:
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as caught:
             read_note(tmp_path / f"{name}.png")
+        assert str(tmp_path) not in str(caught.value)
     save_png(Image.new("RGB", (4, 4)), tmp_path / "list.png", [1, 2])
     with pytest.raises(UserError, match="not one of pixeldip's"):
         read_note(tmp_path / "list.png")

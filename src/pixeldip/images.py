@@ -85,8 +85,11 @@ def read_note(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             note = json.loads(picture.info[NOTE])
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path.name}: not a PNG file that can be read ({error})") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path.name}: not a PNG file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        why = getattr(error, "strerror", None) or error  # without the path, which a page's visitor has not chosen
+        raise UserError(f"{path.name}: not a PNG file that can be read ({why})") from None
     except RecursionError:
         raise UserError(f"{path.name}: its note on how it was made is not one of pixeldip's") from None
     except KeyError:
