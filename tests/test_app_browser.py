@@ -178,6 +178,7 @@ def test_generate_and_walk_along_the_path(page: Page, folder: Path, tmp_path: Pa
     path = page.get_by_role("slider", name="range slider for Path, noise to image")
     path.focus()
     page.keyboard.press("Home")
+    assert path.evaluate("slider => getComputedStyle(slider).outlineStyle") == "solid"  # where the keyboard is
     expect(page.locator("#progress")).to_contain_text("t = 0.000")
     noise = shown_picture(page, "#picture")
     page.keyboard.press("ArrowRight")

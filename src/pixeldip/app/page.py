@@ -26,6 +26,7 @@ CSS = """
 .gradio-container { width: 100%; max-width: 1400px !important; margin: auto; }
 .pixels img { image-rendering: pixelated; }
 #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)) !important; }
+.gradio-container input[type=range]:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 4px; }
 .gradio-container .app { padding: clamp(12px, 3vw, 32px) !important; }
 @media (max-width: 640px) { .tab-container button { padding: 8px 8px !important; } }
 """
