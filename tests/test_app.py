@@ -156,20 +156,24 @@ def test_mistakes_become_messages() -> None:
 
 def test_limits() -> None:
     limits = Limits(images=4, steps=10, side=64)
-    assert ImageSettings(seeds="0-3", steps=10, height=64).check(limits) == [0, 1, 2, 3]
+    settings, seeds = ImageSettings(seeds="0-3", steps=10, height=64.0).checked(limits)
+    assert seeds == [0, 1, 2, 3] and isinstance(settings.height, int)
     for wrong, message in [
         ({"seeds": "0-4"}, "5 images, and 4 are the most"),
         ({"seeds": f"0-{10**15}"}, "are the most here"),  # answered without making the list
         ({"seeds": str(2**63)}, "a seed is at most"),
-        ({"steps": 11}, "steps: at most 10"),
-        ({"steps": 0}, "steps: input should be greater"),
-        ({"steps": 2, "height": 65}, "height: at most 64"),
-        ({"steps": 2, "guidance_interval": (0.0, 1.5)}, "guidance_interval"),
-        ({"steps": 2, "solver": "rk4"}, "solver"),
-        ({"steps": 2, "guidance": "much"}, "guidance"),
+        ({"steps": 11}, "Steps: at most 10"),
+        ({"steps": 0}, "Steps: input should be greater"),
+        (SolutionControls.settings(1.0, 0.0, 1.0, 2.5, "euler", 1.0), "Steps: .* fractional part, found 2.5"),
+        (SolutionControls.settings(1.0, 0.0, 1.0, 2, "euler", None), "Time shift: .* found None"),
+        (SubjectControls.settings([], "0", 16.5, None), "Height: .* fractional part, found 16.5"),
+        ({"height": 65}, "Height: at most 64"),
+        ({"guidance_interval": (0.0, 1.5)}, "Guide from and until"),
+        ({"solver": "rk4"}, "Solver"),
+        ({"guidance": "much"}, "Guidance"),
     ]:
         with pytest.raises(UserError, match=message):
-            ImageSettings(**{"seeds": "0", "steps": 2, **wrong}).check(limits)
+            ImageSettings(**{"seeds": "0", "steps": 2, **wrong}).checked(limits)
 
 
 def test_controls_begin_within_the_limits(pipeline: DiPPipeline) -> None:

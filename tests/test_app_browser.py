@@ -238,8 +238,9 @@ def test_restore_from_files(page: Page, tmp_path: Path) -> None:
         ("Seeds (at most 8)", "0-8", "9 images, and 8 are the most here"),
         ("Seeds (at most 8)", "<b>x</b>", "seeds '<b>x</b>': expected numbers"),
         ("Height", "20", "must be multiples of 8"),
-        ("Width", "4096", "width: at most 1024 pixels"),
-        ("Time shift", "0", "time_shift: input should be greater than 0"),
+        ("Height", "16.5", "Height: input should be a valid integer"),
+        ("Width", "4096", "Width: at most 1024 pixels"),
+        ("Time shift", "0", "Time shift: input should be greater than 0"),
     ],
 )
 def test_mistakes_are_told_in_the_page(page: Page, label: str, value: str, message: str) -> None:

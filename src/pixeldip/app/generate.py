@@ -36,7 +36,7 @@ def requested(models: Models, limits: Limits, settings: ImageSettings) -> Sample
     Raises:
         UserError: if it cannot be met.
     """
-    seeds = settings.check(limits)
+    settings, seeds = settings.checked(limits)
     return SampledImages(
         models.load(settings.model),
         settings,

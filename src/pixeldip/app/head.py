@@ -88,7 +88,7 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
 
     def measure(name: str | None, label: str | None, seeds: str) -> Iterator[tuple]:
         settings = ImageSettings(model=name or "", seeds=seeds, steps=STEPS)
-        chosen = settings.check(Limits(images=IMAGES, steps=STEPS))
+        _, chosen = settings.checked(Limits(images=IMAGES, steps=STEPS))
         pipeline = models.load(settings.model)
         if pipeline.model.config.head == "linear":
             raise UserError(f"{settings.model} is DiT-only: it has no head that paints pixels")

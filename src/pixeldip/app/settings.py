@@ -13,6 +13,19 @@ from ..settings import Positive, SamplingSettings, check_values
 
 SOLVERS = [("Euler", "euler"), ("AB2", "ab2"), ("Heun", "heun"), ("Ancestral", "ancestral")]
 LARGEST_GUIDANCE = 15
+LABELS = {
+    "model": "Model",
+    "classes": "Classes",
+    "seeds": "Seeds",
+    "height": "Height",
+    "width": "Width",
+    "guidance": "Guidance",
+    "guidance_interval": "Guide from and until",
+    "steps": "Steps",
+    "solver": "Solver",
+    "time_shift": "Time shift",
+}
+"""What a page calls a request's settings."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +52,20 @@ class ImageSettings(SamplingSettings):
     height: Positive | None = None
     width: Positive | None = None
 
-    def check(self, limits: Limits) -> list[int]:
-        """The seeds.
+    def checked(self, limits: Limits) -> tuple["ImageSettings", list[int]]:
+        """The settings, a field's 16.0 as 16, and the seeds.
 
         Raises:
             UserError: if a value is out of range or beyond the limits.
         """
-        check_values(self, str)
-        if self.steps > limits.steps:
-            raise UserError(f"steps: at most {limits.steps} here, asked for {self.steps}")
-        for name, side in (("height", self.height), ("width", self.width)):
+        settings = check_values(self, LABELS.__getitem__)
+        if settings.steps > limits.steps:
+            raise UserError(f"{LABELS['steps']}: at most {limits.steps} here, asked for {settings.steps}")
+        for name in ("height", "width"):
+            side = getattr(settings, name)
             if side and side > limits.side:
-                raise UserError(f"{name}: at most {limits.side} pixels here, asked for {side}")
-        return parse_seeds(self.seeds, limits.images)
+                raise UserError(f"{LABELS[name]}: at most {limits.side} pixels here, asked for {side}")
+        return settings, parse_seeds(settings.seeds, limits.images)
 
     def describe(self) -> str:
         """A line that says it all."""
@@ -84,7 +98,7 @@ def settings_from_note(note: Mapping[str, Any]) -> ImageSettings:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"the picture's settings cannot be read: {type(error).__name__} {error}") from None
-    return check_values(settings, str)
+    return check_values(settings, LABELS.__getitem__)
 
 
 @dataclass
@@ -110,7 +124,7 @@ class SolutionControls:
         return {
             "guidance": guidance,
             "guidance_interval": (start, end),
-            "steps": int(steps),
+            "steps": steps,
             "solver": solver,
             "time_shift": shift,
         }
@@ -132,20 +146,22 @@ def solution_controls(limits: Limits) -> SolutionControls:
         LARGEST_GUIDANCE,
         plain.guidance,
         step=0.1,
-        label="Guidance",
+        label=LABELS["guidance"],
         info="1 is none; more: truer to the class, less varied",
+        buttons=[],
     )
     with gr.Row():
         start, end = plain.guidance_interval
-        start = gr.Slider(0, 1, start, step=0.01, label="Guide from", info="t = 0: noise", min_width=120)
-        end = gr.Slider(0, 1, end, step=0.01, label="Guide until", info="t = 1: image", min_width=120)
-    steps = gr.Slider(1, max(limits.steps, 2), min(plain.steps, limits.steps), step=1, label="Steps")
+        start = gr.Slider(0, 1, start, step=0.01, label="Guide from", info="t = 0: noise", min_width=120, buttons=[])
+        end = gr.Slider(0, 1, end, step=0.01, label="Guide until", info="t = 1: image", min_width=120, buttons=[])
+    most, first = max(limits.steps, 2), min(plain.steps, limits.steps)
+    steps = gr.Slider(1, most, first, step=1, label=LABELS["steps"], buttons=[])
     with gr.Row():
         solver = gr.Dropdown(
-            SOLVERS, value=plain.solver, label="Solver", info="Heun: two evaluations a step", min_width=140
+            SOLVERS, value=plain.solver, label=LABELS["solver"], info="Heun: two evaluations a step", min_width=140
         )
         shift = gr.Number(
-            plain.time_shift, label="Time shift", info="above 1: more noisy times", step=0.1, min_width=120
+            plain.time_shift, label=LABELS["time_shift"], info="above 1: more noisy times", step=0.1, min_width=120
         )
     return SolutionControls(guidance, start, end, steps, solver, shift)
 
@@ -166,8 +182,7 @@ class SubjectControls:
     @staticmethod
     def settings(classes: list[str] | None, seeds: str, height: float | None, width: float | None) -> dict[str, Any]:
         """The values of the controls, by the names of `ImageSettings`."""
-        sides = {"height": height and int(height), "width": width and int(width)}
-        return {"classes": tuple(classes or ()), "seeds": seeds, **sides}
+        return {"classes": tuple(classes or ()), "seeds": seeds, "height": height, "width": width}
 
     @staticmethod
     def updates(pipeline: DiPPipeline, limits: Limits) -> list[Any]:
@@ -190,10 +205,10 @@ def class_names(pipeline: DiPPipeline) -> list[str]:
 def subject_controls(limits: Limits) -> SubjectControls:
     """Adds the controls to the page."""
     classes = gr.Dropdown(
-        [], value=[], multiselect=True, label="Classes", info="dealt out to the seeds in turn; none: all"
+        [], value=[], multiselect=True, label=LABELS["classes"], info="dealt out to the seeds in turn; none: all"
     )
     with gr.Row():
-        seeds = gr.Textbox(limits.first_seeds, label=f"Seeds (at most {limits.images})", min_width=140)
-        height = gr.Number(None, label="Height", precision=0, min_width=80)
-        width = gr.Number(None, label="Width", precision=0, min_width=80)
+        seeds = gr.Textbox(limits.first_seeds, label=f"{LABELS['seeds']} (at most {limits.images})", min_width=140)
+        height = gr.Number(None, label=LABELS["height"], min_width=80)
+        width = gr.Number(None, label=LABELS["width"], min_width=80)
     return SubjectControls(classes, seeds, height, width)
