@@ -72,7 +72,8 @@ def images_of(pipeline: DiPPipeline, steps: int, solver: str = "euler") -> Sampl
 @pytest.mark.parametrize(("steps", "solver"), [(1, "euler"), (7, "heun"), (60, "ab2"), (5, "ancestral")])
 def test_watching_changes_no_image(pipeline: DiPPipeline, steps: int, solver: str) -> None:
     images = images_of(pipeline, steps, solver)
-    *_, last = watch(images)
+    *before, last = watch(images)
+    assert all(view.path[-1] is view.now for view in before)  # where one that is stopped ends
     assert np.array_equal(last.pixels, images.read(0, 3))
     assert len(last.path) <= PATH_MOMENTS + 1 and last.path[0].t == 0 and last.path[-1].t == 1
     assert last.path[-1].heading.tobytes() == last.path[-1].noisy.tobytes()

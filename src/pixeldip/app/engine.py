@@ -42,7 +42,7 @@ class View:
 
     Attributes:
         line: progress, rate and time left.
-        path: the moments kept so far; at the end the last of them is the result.
+        path: the moments kept so far, and this one; at the end the last of them is the result.
         pixels: the result, uint8 (n, H, W, 3), once it is there.
     """
 
@@ -75,7 +75,8 @@ def watch(images: SampledImages) -> Iterator[View]:
             if keep:
                 path.append(state.moment())
             if pace.due():
-                yield View(pace.line(done), path[-1] if keep else state.moment(), tuple(path))
+                now = path[-1] if keep else state.moment()
+                yield View(pace.line(done), now, tuple(path) if keep else (*path, now))
     seconds = pace.seconds()
     line = f"{len(images)} images in {seconds:.1f} s, {steps / seconds:.1f} steps/s"
     yield View(line, path[-1], tuple(path), results[0])
