@@ -146,7 +146,7 @@ def test_mistakes_become_messages() -> None:
 
         with pytest.raises(gr.Error) as caught:
             handler()
-        assert text in caught.value.message
+        assert text in caught.value.message and caught.value.duration  # after which it leaves
         news = generator()
         assert next(news) == 1
         with pytest.raises(gr.Error):

@@ -12,9 +12,11 @@ import torch
 
 from ..errors import UserError
 
+SECONDS_SHOWN = 20
+
 
 def told_in_page(handler: Callable) -> Callable:
-    """The handler, or generator, of an event; a UserError it raises becomes a message that stays until it is closed."""
+    """The handler, or generator, of an event; a UserError it raises becomes a message."""
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
@@ -56,7 +58,7 @@ def _told() -> Iterator[None]:
 
 
 def _message(text: str) -> gr.Error:
-    return gr.Error(html.escape(text), duration=None, print_exception=False)
+    return gr.Error(html.escape(text), duration=SECONDS_SHOWN, print_exception=False)
 
 
 def warn_in_page(text: str) -> None:
