@@ -354,6 +354,12 @@ def test_on_a_phone_from_the_keyboard(browser: Browser, address: str, tmp_path: 
         expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], tab
+        if tab == "Head":
+            page.set_viewport_size({"width": 400, "height": 800})
+            captions = ("What the velocity leads to", "The same, without the context")
+            one, other = (page.get_by_text(caption, exact=True).first.bounding_box() for caption in captions)
+            assert one["x"] == other["x"] or one["y"] == other["y"]  # below what it is compared with, or beside it
+            page.set_viewport_size(PHONE)
     seeds = page.get_by_label("Seeds (at most 8)").first
     seeds.focus()
     page.keyboard.press("ControlOrMeta+a")

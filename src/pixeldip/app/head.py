@@ -69,7 +69,7 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         x_title="t, from noise (0) to the image (1)",
         height=280,
         color_title=" ",
-        color_map=dict(zip(SERIES, ("#2456d6", "#d97706", "#059669"))),
+        color_map=dict(zip(SERIES, ("#3b82f6", "#d97706", "#059669"))),
         buttons=["fullscreen"],
         show_label=False,
     )
@@ -77,10 +77,12 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
     at = gr.Markdown("")
     pictures = []
     with gr.Row():
-        for caption in PICTURES:
-            with gr.Column(min_width=150):
-                gr.Markdown(caption)
-                pictures.append(pixel_image(show_label=False, alt_text=caption))
+        for captions in (PICTURES[:1], PICTURES[1:3], PICTURES[3:]):  # a narrow page breaks between them
+            with gr.Column(scale=len(captions), min_width=140 * len(captions)), gr.Row():
+                for caption in captions:
+                    with gr.Column(min_width=130):
+                        gr.Markdown(caption)
+                        pictures.append(pixel_image(show_label=False, alt_text=caption))
 
     def classes_of(name: str | None) -> Any:
         names = class_names(models.load(name)) if name else []
