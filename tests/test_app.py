@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,10 @@ from pixeldip import DiP, DiPPipeline, UserError
 from pixeldip.app import engine
 from pixeldip.app.contexts import coarse_share, compare_contexts, no_context, noise_share
 from pixeldip.app.engine import PATH_MOMENTS, watch, watched
-from pixeldip.app.gallery import Gallery
+from pixeldip.app.gallery import SHOWN, Gallery
 from pixeldip.app.messages import told_in_page
 from pixeldip.app.models import Models
+from pixeldip.app.parts import FOUND, offered_again, when_loaded
 from pixeldip.app.settings import (
     ImageSettings,
     Limits,
@@ -182,7 +184,7 @@ def test_controls_begin_within_the_limits(pipeline: DiPPipeline) -> None:
     settings = SamplingSettings(steps=300, guidance=40.0, solver="ddim")
     assert SolutionControls.values(settings, limits) == [15, 0.1, 1.0, 1, "euler", 1.0]
     classes, *others = SubjectControls.updates(pipeline, limits)
-    assert others == ["0-1", 8, 8] and classes["value"] == ["ant", "bee", "cow"]
+    assert others == [8, 8] and classes["value"] == ["ant", "bee", "cow"]
     with gr.Blocks():
         assert solution_controls(limits).steps.value == 1 and subject_controls(limits).seeds.value == "0-1"
 
@@ -198,7 +200,7 @@ def test_a_picture_gives_back_its_settings(pipeline: DiPPipeline, tmp_path: Path
     (gallery.folder / "y.png").symlink_to(elsewhere)
     (gallery.folder / "x.png").mkdir()
     (gallery.folder / "z.png").symlink_to(tmp_path / "nowhere")
-    newest = gallery.newest()  # pictures that lie in the folder
+    newest, _ = gallery.newest()  # pictures that lie in the folder
     assert [read_note(file)["seed"] for file in newest] == [4, 9]
     restored = settings_from_note(read_note(newest[1]))
     assert (restored.seeds, restored.classes, restored.height, restored.width, restored.model) == (
@@ -281,6 +283,41 @@ def test_a_model_is_known_by_any_spelling_of_its_path(tmp_path: Path, monkeypatc
         assert models.offered(spelling) == "models/a/"
     for other in ("a", "models", "owner/name", "~nobody/a", "a\0b", "a" * 5000):
         assert models.offered(other) is None
+
+
+def test_a_button_waits_for_its_model(tmp_path: Path) -> None:
+    inside = saved_model(tmp_path / "models" / "a", 16)
+    damaged = saved_model(tmp_path / "models" / "b", 16)
+    (damaged / "model" / "config.json").write_text("{")
+    models = Models((), [tmp_path / "models"], torch.device("cpu"), torch.float32)
+    show = when_loaded(models, lambda pipeline: [pipeline.config.height], 1)
+    for other, ready in ((str(inside), True), (str(damaged), False), (None, False)):
+        (_, choice, button), (height, again, at_last) = show(str(inside), other)
+        assert (choice["info"], button["interactive"], height) == ("loading …", False, 16)
+        assert again["info"] == FOUND and at_last["interactive"] is ready
+    *_, (_, choice, button) = show(str(damaged))
+    assert "config.json: cannot be read" in choice["info"] and not button["interactive"]
+    assert [update[-1]["interactive"] for update in show(None)] == [False]
+
+
+def test_a_model_that_is_gone_is_no_longer_chosen(tmp_path: Path) -> None:
+    kept, gone = (saved_model(tmp_path / "models" / name, 16) for name in "ab")
+    models = Models((), [tmp_path / "models"], torch.device("cpu"), torch.float32)
+    shutil.rmtree(gone)
+    new = saved_model(tmp_path / "models" / "c", 16)
+    for name in (str(kept), None):
+        choice, _ = offered_again(models, name)
+        assert choice["choices"] == [str(kept), str(new)] and "value" not in choice
+    choice, button = offered_again(models, str(gone))
+    assert choice["value"] is None and f"{gone}` is not here" in choice["info"] and not button["interactive"]
+
+
+def test_a_long_gallery_tells_how_long_it_is(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path / "gallery")
+    for i in range(SHOWN + 3):
+        (gallery.folder / f"{i:03d}.png").touch()
+    newest, count = gallery.newest()
+    assert len(newest) == SHOWN and newest[0].name == f"{SHOWN + 2:03d}.png" and count == SHOWN + 3
 
 
 def test_a_gallery_that_cannot_be_written(tmp_path: Path) -> None:

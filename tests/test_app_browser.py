@@ -127,6 +127,7 @@ def opened(browser: Browser, address: str, viewport: dict[str, int]) -> Page:
     page = visited(browser, address, viewport)
     expect(field(page, "Model")).to_have_value("models/insects")
     expect(page.get_by_label("Height").first).to_have_value("16")
+    expect(page.locator("#generate")).to_be_enabled()
     return page
 
 
@@ -192,7 +193,7 @@ def test_generate_and_walk_along_the_path(page: Page, folder: Path, tmp_path: Pa
     assert not np.array_equal(noise, final)
 
 
-def test_restore_from_the_gallery(page: Page, folder: Path) -> None:
+def test_restore_from_the_gallery(page: Page, folder: Path, tmp_path: Path) -> None:
     page.get_by_label("Seeds (at most 8)").first.fill("11")
     page.get_by_label("number input for Steps").first.fill("3")
     page.get_by_label("number input for Guidance").first.fill("1.5")
@@ -207,10 +208,19 @@ def test_restore_from_the_gallery(page: Page, folder: Path) -> None:
     page.locator("#gallery button").nth(8).click()
     made_with = re.compile("ant, seed 11 · euler, 3 steps · guidance 1.5")
     expect(page.locator("#made-with textarea")).to_have_value(made_with)
+    expect(page.locator("#chosen img")).to_be_visible()
     page.get_by_role("button", name="Restore settings").click()
     expect(page.get_by_label("Seeds (at most 8)").first).to_have_value("11")
     expect(page.get_by_label("number input for Guidance").first).to_have_value("1.5")
     generate(page)
+    expect(page.locator("#gallery button").nth(9)).to_have_class(re.compile("selected"))  # the same picture
+    expect(page.locator("#made-with textarea")).to_have_value(made_with)
+    first.rename(tmp_path / first.name)
+    generate(page)
+    expect(page.locator("#gallery button.selected")).to_have_count(0)
+    expect(page.locator("#made-with textarea")).to_have_value("")
+    expect(page.get_by_role("button", name="Restore settings")).to_be_disabled()
+    (tmp_path / first.name).rename(first)
     assert newest(folder) != first and np.array_equal(Image.open(newest(folder)), Image.open(first))
 
 
@@ -250,25 +260,43 @@ def test_mistakes_are_told_in_the_page(page: Page, label: str, value: str, messa
     told(page, message)
 
 
-def test_stop(page: Page, folder: Path) -> None:
-    before = newest(folder) if list((folder / "runs" / "gallery").glob("*.png")) else None
+def test_stop(browser: Browser, address: str, page: Page, folder: Path) -> None:
+    generate(page)
+    path = page.get_by_role("slider", name="range slider for Path, noise to image")
+    expect(path).to_be_enabled()
+    before = newest(folder)
     page.get_by_label("number input for Steps").first.fill("2000")
     page.keyboard.press("Tab")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#progress")).to_contain_text("/2000")
+    expect(path).to_be_disabled()
+    waiting = opened(browser, address, DESKTOP)
+    waiting.get_by_role("button", name="Generate").click()
+    told(waiting, "queue: 1/1")
+    waiting.get_by_role("tab", name="Head").click()
+    waiting.get_by_role("button", name="Measure").click()
+    waiting.get_by_role("button", name="Stop").locator("visible=true").click()
+    expect(waiting.locator("#measured")).to_have_text("not completed")
+    waiting.context.close()
     page.get_by_role("button", name="Stop").first.click()
     expect(page.locator("#progress")).to_have_text("not completed")
+    path.focus()
+    page.keyboard.press("Home")
+    expect(page.locator("#progress")).to_have_text("t = 0.000")
     page.get_by_label("number input for Steps").first.fill("1")
     page.keyboard.press("Tab")
     page.get_by_label("Seeds (at most 8)").first.fill("1")
     generate(page)
     after = newest(folder)
     assert after != before and json.loads(Image.open(after).info["pixeldip"])["num_inference_steps"] == 1
-    assert sum(file.name > (before.name if before else "") for file in after.parent.glob("*.png")) == 1
+    assert sum(file.name > before.name for file in after.parent.glob("*.png")) == 1
 
 
 def test_compare(page: Page, folder: Path) -> None:
+    newest_shown = page.locator("#gallery img").first
+    before = newest_shown.get_attribute("src")
     page.get_by_role("tab", name="Compare").click()
+    expect(page.get_by_label("number input for Guidance").nth(2)).to_have_value("1")
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#comparison")).to_contain_text("PSNR between them")
     assert not np.array_equal(*(shown_picture(page, f"#compared-{side}") for side in "AB"))
@@ -278,6 +306,8 @@ def test_compare(page: Page, folder: Path) -> None:
     expect(page.locator("#comparison")).to_contain_text("The images are equal.")
     seeds = [json.loads(Image.open(f).info["pixeldip"])["seed"] for f in (folder / "runs" / "gallery").glob("*.png")]
     assert set(range(8)) <= set(seeds)
+    page.get_by_role("tab", name="Generate").click()
+    expect(newest_shown).not_to_have_attribute("src", before)
 
 
 def test_what_the_head_adds(page: Page) -> None:
@@ -298,18 +328,57 @@ def test_models_that_cannot_be_read_or_have_no_head(browser: Browser, tmp_path: 
     saved_model(tmp_path / "models" / "dit", 16, head="linear", head_width=None, sampling={"num_inference_steps": 7})
     with served(tmp_path) as address:
         page = visited(browser, address, DESKTOP)
-        told(page, "models/damaged/model/config.json: cannot be read")
+        expect(page.get_by_text("models/damaged/model/config.json: cannot be read").first).to_be_visible()
+        expect(page.locator("#generate")).to_be_disabled()
         for tab, label in (("Compare", "Model of B"), ("Head", "Model")):
             page.get_by_role("tab", name=tab).click()
-            page.get_by_label(label, exact=True).locator("visible=true").click()
-            page.get_by_role("option", name="models/dit").locator("visible=true").click()
+            choose(page, label, "models/dit")
             if tab == "Compare":
                 expect(page.get_by_label("number input for Steps").nth(2)).to_have_value("7")
         page.get_by_role("button", name="Measure").click()
         told(page, "models/dit is DiT-only")
+        expect(page.locator("#measured")).to_have_text("not completed")
         page.get_by_role("tab", name="Training").click()
         told(page, "No run has begun in the folders looked through")
         assert page.locator(".gradio-container").bounding_box()["width"] == DESKTOP["width"]  # empty, it is no narrower
+        page.context.close()
+
+
+def test_models_that_come_and_go(browser: Browser, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        saved_model(tmp_path / "models" / name, 16)
+    with served(tmp_path) as address:
+        page = visited(browser, address, DESKTOP)
+        generate_button, seeds = page.locator("#generate"), page.get_by_label("Seeds (at most 8)").first
+        expect(generate_button).to_be_enabled()
+        page.get_by_role("tab", name="Head").click()
+        page.get_by_role("button", name="Measure").click()
+        expect(page.locator("#measured")).to_contain_text("White noise:")
+        choose(page, "Model", "models/b")
+        expect(page.get_by_alt_text("The velocity", exact=True)).to_have_count(0)  # that was of another model
+        expect(page.get_by_text("difference", exact=True)).to_have_count(0)
+        page.get_by_role("button", name="Measure").click()
+        expect(page.get_by_text("difference", exact=True)).to_be_visible()  # a line of the plot
+        page.get_by_role("tab", name="Generate").click()
+        seeds.fill("3")
+        choose(page, "Model", "models/b")
+        expect(generate_button).to_be_enabled()
+        generate(page)
+        expect(seeds).to_have_value("3")
+        page.locator("#gallery button").first.click()
+        shutil.rmtree(tmp_path / "models" / "b")
+        saved_model(tmp_path / "models" / "c", 24)
+        page.get_by_role("button", name="Restore settings").click()
+        told(page, "the model it was made by is not offered here (models/b)")
+        expect(generate_button).to_be_disabled()
+        page.get_by_role("tab", name="Training").click()
+        page.get_by_role("tab", name="Generate").click()
+        choose(page, "Model", "models/c")
+        expect(page.get_by_label("Height").first).to_have_value("24")
+        expect(generate_button).to_be_enabled()
+        page.get_by_role("tab", name="Head").click()
+        expect(page.get_by_text("models/b is not here any more")).to_be_visible()
+        expect(page.get_by_role("button", name="Measure")).to_be_disabled()
         page.context.close()
 
 
@@ -417,8 +486,8 @@ def test_a_full_queue_turns_away(browser: Browser, address: str) -> None:
 
 def test_two_people_at_once(browser: Browser, address: str) -> None:
     pages = [opened(browser, address, DESKTOP) for _ in range(2)]
-    for page in pages:
-        page.get_by_role("button", name="Generate").click()
+    pages[0].get_by_role("button", name="Generate").click()
+    pages[1].get_by_label("Seeds (at most 8)").first.press("Enter")
     for page in pages:
         expect(page.locator("#progress")).to_contain_text("images in")
         page.context.close()

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,24 @@ import gradio as gr
 import numpy as np
 
 from ..images import psnr
+from ..pipeline import DiPPipeline
 from .engine import watch
 from .gallery import Gallery
 from .generate import requested
-from .messages import told_elsewhere, told_in_page
+from .messages import told_in_page
 from .models import Models
-from .parts import NOT_COMPLETED, PLAIN, SAMPLING, TELLING, offered, pixel_image
+from .parts import (
+    NOT_COMPLETED,
+    OFF,
+    PLAIN,
+    SAMPLING,
+    TELLING,
+    model_choice,
+    offered,
+    offered_again,
+    pixel_image,
+    when_loaded,
+)
 from .settings import ImageSettings, Limits, SolutionControls, SubjectControls, solution_controls, subject_controls
 
 
@@ -29,7 +41,7 @@ class _Side:
         return [self.model, *self.solution.inputs]
 
 
-def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limits) -> None:
+def compare_tab(page: gr.Blocks, tab: gr.Tab, models: Models, gallery: Gallery, limits: Limits) -> None:
     """Adds the tab's contents to the page."""
     subject = subject_controls(limits)
     sides, pictures = [], []
@@ -37,10 +49,10 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
         for name in "AB":
             with gr.Column(min_width=280):
                 gr.Markdown(f"### {name}")
-                model = gr.Dropdown([], label=f"Model of {name}")
+                model = model_choice(f"Model of {name}")
                 sides.append(_Side(model, solution_controls(limits)))
     with gr.Row():
-        start = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare")
+        start = gr.Button("Compare", variant="primary", interactive=False, min_width=120, elem_id="compare")
         stop = gr.Button("Stop", min_width=80)
     line = gr.Markdown("", elem_id="comparison")
     with gr.Row():
@@ -58,17 +70,18 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
     def open_page() -> list[Any]:
         return [offered(models) for _ in sides]
 
-    def subject_of(name: str | None) -> list[Any]:
-        return SubjectControls.updates(models.load(name), limits) if name else [gr.skip()] * len(subject.inputs)
+    def show_again(of_a: str | None, of_b: str | None) -> tuple:
+        (choice_a, button_a), (choice_b, button_b) = (offered_again(models, name) for name in (of_a, of_b))
+        return choice_a, choice_b, OFF if OFF in (button_a, button_b) else gr.skip()
 
-    def solution_of(name: str | None) -> list[Any]:
-        if not name:
-            return [gr.skip()] * len(a.solution.inputs)
-        return SolutionControls.values(models.load(name).default_settings, limits)
+    def solution_of(pipeline: DiPPipeline) -> list[Any]:
+        return SolutionControls.values(pipeline.default_settings, limits)
 
-    def with_and_without_guidance(name: str | None) -> list[Any]:
-        guided = solution_of(name)
-        return [*guided, 1.0, *guided[1:]] if name else 2 * guided
+    def unguided(pipeline: DiPPipeline) -> list[Any]:
+        return [1.0, *solution_of(pipeline)[1:]]
+
+    def subject_and_solution(pipeline: DiPPipeline) -> list[Any]:
+        return [*SubjectControls.updates(pipeline, limits), *solution_of(pipeline)]
 
     def compare(*values: Any) -> Iterator[tuple]:
         count, each = len(subject.inputs), len(a.inputs)
@@ -90,19 +103,25 @@ def compare_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limit
         (one, said_a), (other, said_b) = results
         yield gr.skip(), gr.skip(), f"A: {said_a}  \nB: {said_b}  \n{difference(one, other)}"
 
+    def shows(side: _Side, other: _Side, controls_of: Callable[[DiPPipeline], list[Any]]) -> dict[str, Any]:
+        controls = [*subject.of_model, *side.solution.inputs] if side is a else side.solution.inputs
+        return {
+            "fn": when_loaded(models, controls_of, len(controls)),
+            "inputs": [side.model, other.model],
+            "outputs": [*controls, side.model, start],
+            **TELLING,
+        }
+
     opening = page.load(open_page, None, [a.model, b.model], **PLAIN)
-    both = [*a.solution.inputs, *b.solution.inputs]
-    for show, controls in ((subject_of, subject.inputs), (with_and_without_guidance, both)):
-        opening.then(told_elsewhere(show, len(controls)), a.model, controls, **PLAIN)
-    a.model.input(told_in_page(subject_of), a.model, subject.inputs, **TELLING)
-    for side in sides:
-        side.model.input(told_in_page(solution_of), side.model, side.solution.inputs, **TELLING)
+    opening.then(**shows(a, b, subject_and_solution)).then(**shows(b, a, unguided))
+    a.model.input(trigger_mode="always_last", **shows(a, b, subject_and_solution))
+    b.model.input(trigger_mode="always_last", **shows(b, a, solution_of))
+    tab.select(show_again, [a.model, b.model], [a.model, b.model, start], **PLAIN)
     running = start.click(
         told_in_page(compare),
         [*subject.inputs, *a.inputs, *b.inputs],
         [*pictures, line],
-        show_progress="minimal",
-        show_progress_on=line,
+        show_progress_on=pictures,
         **SAMPLING,
     )
     running.failure(lambda: NOT_COMPLETED, None, line, **PLAIN)

@@ -34,12 +34,12 @@ class Gallery:
             file = self.folder / f"{stamp}-{len(images) - 1 - i:03d}.png"
             save_png(Image.fromarray(pixels[i]), file, images.one_made_with(i))
 
-    def newest(self) -> list[Path]:
-        """The pictures to show, the newest first."""
+    def newest(self) -> tuple[list[Path], int]:
+        """The pictures to show, the newest first, and how many there are about: all that are named like pictures."""
         here = self.folder.resolve()  # what a link leads to elsewhere is not served
         named = sorted(self.folder.glob("[!.]*.png"), reverse=True)
         pictures = (path for path in named if path.is_file() and here in path.resolve().parents)
-        return list(itertools.islice(pictures, SHOWN))
+        return list(itertools.islice(pictures, SHOWN)), len(named)
 
     def _check(self) -> None:
         check_writable(self.folder / "picture.png")

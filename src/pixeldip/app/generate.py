@@ -1,21 +1,40 @@
 """The tab that samples images, shows their way from noise, keeps them, and restores how they were made."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from PIL import Image
 
-from ..images import read_note
+from ..errors import UserError
+from ..images import display_scale, enlarged, read_note
+from ..pipeline import DiPPipeline
 from ..processes import precision_name
 from ..sampling import SampledImages
 from .engine import Moment, watch
-from .gallery import Gallery
+from .gallery import SHOWN, Gallery
 from .messages import told_in_page, warn_in_page
 from .models import Models
-from .parts import NOT_COMPLETED, PLAIN, SAMPLING, TELLING, offered, pixel_image
+from .parts import (
+    FOUND,
+    OFF,
+    ON,
+    PLAIN,
+    SAMPLING,
+    TELLING,
+    at_the_end,
+    model_choice,
+    not_completed,
+    offered,
+    offered_again,
+    path_slider,
+    pixel_image,
+    when_loaded,
+)
 from .settings import (
     ImageSettings,
     Limits,
@@ -28,6 +47,8 @@ from .settings import (
 )
 
 NOISY, HEADING = "noisy image x_t", "predicted image"
+PRESS = "() => document.querySelector('#generate').click()"  # which does nothing while the button is out of use
+LARGE = 384  # a chosen picture's width on the page, about
 
 
 def requested(models: Models, limits: Limits, settings: ImageSettings) -> SampledImages:
@@ -48,34 +69,35 @@ def requested(models: Models, limits: Limits, settings: ImageSettings) -> Sample
     )
 
 
-def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limits) -> None:
+def generate_tab(page: gr.Blocks, tab: gr.Tab, models: Models, gallery: Gallery, limits: Limits) -> None:
     """Adds the tab's contents to the page."""
     path = gr.State((), time_to_live=3600)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            model = gr.Dropdown([], label="Model", info="runs and saved models found here")
+            model = model_choice("Model")
             subject = subject_controls(limits)
             solution = solution_controls(limits)
-            controls = [*subject.inputs, *solution.inputs]
+            controls, of_model = [*subject.inputs, *solution.inputs], [*subject.of_model, *solution.inputs]
             with gr.Row():
-                start = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+                start = gr.Button("Generate", variant="primary", interactive=False, min_width=120, elem_id="generate")
                 stop = gr.Button("Stop", min_width=80)
         with gr.Column(scale=3, min_width=280):
             picture = pixel_image(show_label=False, elem_id="picture", alt_text="The images of this request")
             line = gr.Markdown("", elem_id="progress")
             with gr.Row():
-                moment = gr.Slider(0, 1, 1, step=1, label="Path, noise to image", interactive=False)
+                moment = path_slider("Path, noise to image")
                 what = gr.Radio([HEADING, NOISY], value=HEADING, label="Show")
-            show_gallery, in_gallery = _gallery_part(models, gallery, limits, model, controls)
+            show_gallery, chosen, in_gallery = _gallery_part(models, gallery, limits, [model, *controls, start])
 
-    def defaults(name: str | None) -> list[Any]:
-        if not name:
-            return [gr.skip()] * len(controls)
-        subject = SubjectControls.updates(models.load(name), limits)
-        return [*subject, *SolutionControls.values(models.load(name).default_settings, limits)]
+    def defaults(pipeline: DiPPipeline) -> list[Any]:
+        subject = SubjectControls.updates(pipeline, limits)
+        return [*subject, *SolutionControls.values(pipeline.default_settings, limits)]
 
-    def open_page() -> list[Any]:
-        return [offered(models), *show_gallery()]
+    def open_page(chosen: str | None) -> list[Any]:
+        return [offered(models), *show_gallery(chosen)]
+
+    def show_again(name: str | None, chosen: str | None) -> list[Any]:
+        return [*offered_again(models, name), *show_gallery(chosen)]
 
     def generate(view: str, name: str, *values: Any) -> Iterator[tuple]:
         count = len(subject.inputs)
@@ -86,29 +108,28 @@ def generate_tab(page: gr.Blocks, models: Models, gallery: Gallery, limits: Limi
         )
         images = requested(models, limits, settings)
         for now in watch(images):
-            if now.pixels is None:
-                yield _look(now.now, view), now.line, gr.skip(), gr.skip()
-            else:
+            done = now.pixels is not None
+            if done:
                 gallery.add(images, now.pixels)
-                last = len(now.path) - 1
-                slider = gr.update(maximum=last, value=last, interactive=True)
-                yield _look(now.now, view), f"{now.line} · t = 1", now.path, slider
+            text = f"{now.line} · t = 1" if done else now.line
+            yield _look(now.now, view), text, now.path, at_the_end(now.path, done)
 
-    page.load(open_page, None, [model, *in_gallery], **PLAIN).then(told_in_page(defaults), model, controls, **TELLING)
-    model.input(told_in_page(defaults), model, controls, **TELLING)
-    running = gr.on(
-        [start.click, subject.seeds.submit],
+    show = when_loaded(models, defaults, len(of_model))
+    shown = [*of_model, model, start]
+    page.load(open_page, chosen, [model, *in_gallery], **PLAIN).then(show, model, shown, **TELLING)
+    model.input(show, model, shown, trigger_mode="always_last", **TELLING)
+    tab.select(show_again, [model, chosen], [model, start, *in_gallery], **PLAIN)
+    subject.seeds.submit(None, js=PRESS, **PLAIN)
+    running = start.click(
         told_in_page(generate),
         [what, model, *controls],
         [picture, line, path, moment],
-        show_progress="minimal",
-        show_progress_on=line,
+        show_progress_on=picture,
         scroll_to_output=True,
         **SAMPLING,
     )
-    running.success(show_gallery, None, in_gallery, **PLAIN)
-    # told once it has ended: its last view cannot come later
-    running.failure(lambda: NOT_COMPLETED, None, line, **PLAIN)
+    running.success(show_gallery, chosen, in_gallery, **PLAIN)
+    running.failure(not_completed, path, [line, moment], **PLAIN)
     stop.click(None, None, None, cancels=running, **PLAIN)
     gr.on(
         [moment.input, what.input],
@@ -132,16 +153,21 @@ def _look_along(path: tuple[Moment, ...], index: float, view: str) -> tuple:
 
 
 def _gallery_part(
-    models: Models, gallery: Gallery, limits: Limits, model: gr.Dropdown, controls: list[Component]
-) -> tuple[Callable[[], tuple], list[Component]]:
-    """Adds the kept images, what the chosen one tells, and buttons that set model and controls as it was made.
+    models: Models, gallery: Gallery, limits: Limits, restored: list[Component]
+) -> tuple[Callable[[str | None], list[Any]], gr.State, list[Component]]:
+    """Adds the kept images, what the chosen one tells, and buttons that set the tab's controls as it was made.
+
+    Args:
+        restored: the outputs of `_restored`.
 
     Returns:
-        What shows the images there are now, as the handler of an event, and its outputs.
+        What shows the images there are now, as the handler of an event, its input, which is the chosen file, and its
+        outputs.
     """
+    model = restored[0]
     shown = gr.State([])
     chosen = gr.State(None)
-    gr.Markdown("### Gallery\nNewest first. Every PNG file says how it was made: choose one to read it.")
+    title = gr.Markdown()
     pictures = gr.Gallery(
         show_label=False,
         columns=8,
@@ -153,37 +179,66 @@ def _gallery_part(
         elem_id="gallery",
         elem_classes="pixels",
     )
-    made_with = gr.Textbox(show_label=False, interactive=False, elem_id="made-with", placeholder="its settings")
     with gr.Row():
-        restore = gr.Button("Restore settings", interactive=False, min_width=130, elem_id="restore")
-        download = gr.DownloadButton("Download PNG", interactive=False, min_width=130)
-        upload = gr.UploadButton("Restore from PNG …", file_types=[".png"], min_width=130)
+        large = pixel_image(
+            show_label=False, visible=False, min_width=200, elem_id="chosen", alt_text="The chosen picture"
+        )
+        with gr.Column(min_width=200):
+            made_with = gr.Textbox(
+                show_label=False, lines=3, interactive=False, elem_id="made-with", placeholder="its settings"
+            )
+            with gr.Row():
+                restore = gr.Button("Restore settings", interactive=False, min_width=180, elem_id="restore")
+                download = gr.DownloadButton("Download PNG", interactive=False, min_width=180)
+                upload = gr.UploadButton("Restore from PNG …", file_types=[".png"], min_width=180)
+    about_one = [chosen, large, made_with, restore, download]
 
-    def show_gallery() -> tuple[list[str], list[str]]:
-        files = [str(file) for file in gallery.newest()]
-        return files, files
+    def show_gallery(chosen: str | None) -> list[Any]:
+        newest, count = gallery.newest()
+        files = list(map(str, newest))
+        here = chosen in files
+        at = files.index(chosen) if here else math.nan  # JSON's null, which deselects; Gradio leaves a None out
+        which = f"The newest {SHOWN} of {count:,}" if count > SHOWN else "Newest first"
+        text = f"### Gallery\n{which}. Every PNG file says how it was made: choose one to read it."
+        one = [gr.skip()] * len(about_one) if here else _untold("")
+        return [text, gr.update(value=files, selected_index=at), files, *one]
 
-    def choose(files: list[str], event: gr.SelectData) -> tuple:
-        file = files[event.index]
-        note = settings_from_note(read_note(Path(file)))
-        return file, note.describe(), gr.update(interactive=True), gr.update(value=file, interactive=True)
+    def choose(files: list[str], event: gr.SelectData) -> list[Any]:
+        return _about(files[event.index])
 
-    restored = told_in_page(functools.partial(_restored, models, limits))
-    pictures.select(told_in_page(choose), shown, [chosen, made_with, restore, download], **TELLING)
-    restore.click(restored, [chosen, model], [model, *controls], **TELLING)
-    upload.upload(restored, [upload, model], [model, *controls], **TELLING)
-    return show_gallery, [pictures, shown]
+    restore_from = told_in_page(functools.partial(_restored, models, limits))
+    pictures.select(choose, shown, about_one, trigger_mode="multiple", **PLAIN)
+    restore.click(restore_from, [chosen, model], restored, **TELLING)
+    upload.upload(restore_from, [upload, model], restored, **TELLING)
+    return show_gallery, chosen, [title, pictures, shown, *about_one]
+
+
+def _about(file: str) -> list[Any]:
+    """What the page shows of a chosen picture: the file, the updates of the large picture and of the text, and those of
+    the buttons; where it does not say how it was made, that."""
+    try:
+        text = settings_from_note(read_note(Path(file))).describe()
+        with Image.open(file) as picture:
+            large = enlarged(picture, display_scale(picture.width, LARGE))
+    except (UserError, OSError) as error:
+        return _untold(str(error))
+    return [file, gr.update(value=large, visible=True), text, ON, gr.update(value=file, interactive=True)]
+
+
+def _untold(text: str) -> list[Any]:
+    """Likewise, of no picture."""
+    return [None, gr.update(value=None, visible=False), text, OFF, OFF]
 
 
 def _restored(models: Models, limits: Limits, file: str, current: str | None) -> list[Any]:
-    """The model and the controls as an image's file tells that it was made; the current model where that one is not
-    here."""
+    """The updates of the model, of the controls and of the button that needs them, as an image's file tells that it was
+    made; the current model where that one is not here."""
     note = read_note(Path(file))
     settings = settings_from_note(note)
     name, notes = models.offered(settings.model), []
     if name is None:
         notes.append(f"the model it was made by is not offered here ({settings.model})")
-        name = current
+        name = current if current in models.names() else None
     if note.get("precision") not in (None, precision_name(models.precision)):
         notes.append(f"it was made in {note['precision']}, and the page computes in another precision")
     names = class_names(models.load(name)) if name else []
@@ -195,4 +250,5 @@ def _restored(models: Models, limits: Limits, file: str, current: str | None) ->
     if notes:
         warn_in_page(f"Not all is as it was: {'; '.join(notes)}.")
     subject = [gr.update(choices=names, value=kept, visible=bool(names)), *SubjectControls.values(settings)[1:]]
-    return [gr.update(choices=models.names(), value=name), *subject, *solution]
+    choice = gr.update(choices=models.names(), value=name, info=FOUND)
+    return [choice, *subject, *solution, gr.update(interactive=name is not None)]

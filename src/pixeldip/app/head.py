@@ -12,11 +12,25 @@ from PIL import Image
 
 from ..errors import UserError
 from ..flow import clean_image
+from ..pipeline import DiPPipeline
 from .contexts import STEPS, HeadStep, compare_contexts, noise_share
 from .engine import Pace, sheet, watched
-from .messages import told_elsewhere, told_in_page
+from .messages import told_in_page
 from .models import Models
-from .parts import PLAIN, SAMPLING, TELLING, offered, pixel_image
+from .parts import (
+    OFF,
+    PLAIN,
+    SAMPLING,
+    TELLING,
+    at_the_end,
+    model_choice,
+    not_completed,
+    offered,
+    offered_again,
+    path_slider,
+    pixel_image,
+    when_loaded,
+)
 from .settings import ImageSettings, Limits, class_names
 
 IMAGES = 4
@@ -46,7 +60,7 @@ class _Seen:
         return cls(step.t, step.coarse_shares(patch_size), [sheet(images, columns=2) for images in shown])
 
 
-def head_tab(page: gr.Blocks, models: Models) -> None:
+def head_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
     """Adds the tab's contents to the page."""
     steps = gr.State((), time_to_live=3600)
     gr.Markdown(
@@ -56,10 +70,12 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         "of the velocity's power lies in **coarse** waves, longer than a patch; the rest lies in **fine** ones."
     )
     with gr.Row():
-        model = gr.Dropdown([], label="Model", min_width=160)
-        label = gr.Dropdown([], label="Class", min_width=120)
-        seeds = gr.Textbox("0-3", label=f"Seeds (at most {IMAGES})", min_width=120)
-        start = gr.Button("Measure", variant="primary", min_width=120, elem_id="measure")
+        model = model_choice("Model", min_width=160)
+        label = gr.Dropdown([], label="Class", info="of every image", min_width=120)
+        seeds = gr.Textbox("0-3", label=f"Seeds (at most {IMAGES})", info="an image for each", min_width=120)
+    with gr.Row():
+        start = gr.Button("Measure", variant="primary", interactive=False, min_width=120, elem_id="measure")
+        stop = gr.Button("Stop", min_width=80)
     line = gr.Markdown("", elem_id="measured")
     plot = gr.LinePlot(
         x="t",
@@ -72,8 +88,9 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         color_map=dict(zip(SERIES, ("#3b82f6", "#d97706", "#059669"))),
         buttons=["fullscreen"],
         show_label=False,
+        visible=False,
     )
-    moment = gr.Slider(0, STEPS - 1, 0, step=1, label="Step, from noise to image", interactive=False)
+    moment = path_slider("Step, from noise to image")
     at = gr.Markdown("")
     pictures = []
     with gr.Row():
@@ -83,10 +100,14 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
                     with gr.Column(min_width=130):
                         gr.Markdown(caption)
                         pictures.append(pixel_image(show_label=False, alt_text=caption))
+    measured = [line, plot, steps, moment, at, *pictures]
 
-    def classes_of(name: str | None) -> Any:
-        names = class_names(models.load(name)) if name else []
-        return gr.update(choices=names, value=names[0] if names else None, visible=bool(names))
+    def classes_of(pipeline: DiPPipeline) -> list[Any]:
+        names = class_names(pipeline)
+        return [gr.update(choices=names, value=names[0] if names else None, visible=bool(names))]
+
+    def nothing_measured() -> list[Any]:
+        return ["", gr.update(visible=False), (), OFF, "", *[None] * len(pictures)]
 
     def measure(name: str | None, label: str | None, seeds: str) -> Iterator[tuple]:
         settings = ImageSettings(model=name or "", seeds=seeds, steps=STEPS)
@@ -101,16 +122,17 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
             for step in telling:
                 seen.append(_Seen.of(step, patch_size))
                 if pace.due():
-                    yield pace.line(len(seen)), curves(seen), gr.skip(), gr.skip(), *pictures_at(seen, STEPS)
+                    slider = at_the_end(seen, whole=False)
+                    yield pace.line(len(seen)), curves(seen), tuple(seen), slider, *pictures_at(seen, STEPS)
         line = f"{len(chosen)} paths of {STEPS} steps in {pace.seconds():.1f} s. "
         line += f"White noise: {noise_share(*size, patch_size):.0%} coarse."
         middle = STEPS // 2
-        slider = gr.update(value=middle, interactive=True)
+        slider = gr.update(maximum=STEPS - 1, value=middle, interactive=True)
         yield line, curves(seen), tuple(seen), slider, *pictures_at(seen, middle)
 
-    def curves(seen: Sequence[_Seen]) -> pd.DataFrame:
+    def curves(seen: Sequence[_Seen]) -> Any:
         rows = [(step.t, 100 * share, name) for step in seen for name, share in zip(SERIES, step.shares)]
-        return pd.DataFrame(rows, columns=["t", "coarse share, %", "of"])
+        return gr.update(value=pd.DataFrame(rows, columns=["t", "coarse share, %", "of"]), visible=True)
 
     def pictures_at(seen: Sequence[_Seen], index: float) -> list[Any]:
         if not seen:
@@ -118,14 +140,15 @@ def head_tab(page: gr.Blocks, models: Models) -> None:
         step = seen[min(int(index), len(seen) - 1)]
         return [f"t = {step.t:.3f}", *step.pictures]
 
-    page.load(lambda: offered(models), None, model, **PLAIN).then(told_elsewhere(classes_of, 1), model, label, **PLAIN)
-    model.input(told_in_page(classes_of), model, label, **TELLING)
-    start.click(
-        told_in_page(measure),
-        [model, label, seeds],
-        [line, plot, steps, moment, at, *pictures],
-        show_progress="minimal",
-        show_progress_on=line,
-        **SAMPLING,
+    running = start.click(
+        told_in_page(measure), [model, label, seeds], measured, show_progress_on=[plot, *pictures], **SAMPLING
     )
+    running.failure(not_completed, steps, [line, moment], **PLAIN)
+    stop.click(None, None, None, cancels=running, **PLAIN)
+    show = when_loaded(models, classes_of, 1)
+    shown = [label, model, start]
+    page.load(lambda: offered(models), None, model, **PLAIN).then(show, model, shown, **TELLING)
+    model.input(show, model, shown, trigger_mode="always_last", **TELLING)
+    model.input(nothing_measured, None, measured, cancels=running, **PLAIN)
+    tab.select(lambda name: offered_again(models, name), model, [model, start], **PLAIN)
     moment.input(pictures_at, [steps, moment], [at, *pictures], trigger_mode="always_last", **PLAIN)

@@ -34,19 +34,6 @@ def told_in_page(handler: Callable) -> Callable:
     return function
 
 
-def told_elsewhere(handler: Callable, outputs: int) -> Callable:
-    """The handler of an event as the page opens; its outputs stay as they are where it raises a UserError, which the
-    first tab tells."""
-
-    def function(name: str | None) -> Any:
-        try:
-            return handler(name)
-        except UserError:
-            return [gr.skip()] * outputs if outputs > 1 else gr.skip()
-
-    return function
-
-
 @contextmanager
 def _told() -> Iterator[None]:
     try:

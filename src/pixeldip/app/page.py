@@ -72,12 +72,12 @@ def _build(models: Models, gallery: Gallery, limits: Limits) -> gr.Blocks:
     page = gr.Blocks(title="pixeldip", analytics_enabled=False, delete_cache=(3600, 86400))
     with page:
         gr.Markdown(f"# pixeldip\nImages in pixel space, step by step · {where} · version {__version__}")
-        with gr.Tab("Generate"):
-            generate_tab(page, models, gallery, limits)
-        with gr.Tab("Compare"):
-            compare_tab(page, models, gallery, limits)
-        with gr.Tab("Head"):
-            head_tab(page, models)
+        with gr.Tab("Generate") as tab:
+            generate_tab(page, tab, models, gallery, limits)
+        with gr.Tab("Compare") as tab:
+            compare_tab(page, tab, models, gallery, limits)
+        with gr.Tab("Head") as tab:
+            head_tab(page, tab, models)
         with gr.Tab("Training") as tab:
             training_tab(page, tab, models)
     return page

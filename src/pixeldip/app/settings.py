@@ -184,12 +184,17 @@ class SubjectControls:
         """The values of the controls, by the names of `ImageSettings`."""
         return {"classes": tuple(classes or ()), "seeds": seeds, "height": height, "width": width}
 
+    @property
+    def of_model(self) -> list[gr.components.Component]:
+        """Those that show something else for another model; the seeds stay."""
+        return [self.classes, self.height, self.width]
+
     @staticmethod
     def updates(pipeline: DiPPipeline, limits: Limits) -> list[Any]:
-        """What the controls show for a model that was just chosen."""
+        """What `of_model` shows for a model that was just chosen."""
         names, patch = class_names(pipeline), pipeline.model.config.patch_size
         sides = (min(side, limits.side // patch * patch) for side in (pipeline.config.height, pipeline.config.width))
-        return [gr.update(choices=names, value=names[:4], visible=bool(names)), limits.first_seeds, *sides]
+        return [gr.update(choices=names, value=names[:4], visible=bool(names)), *sides]
 
     @staticmethod
     def values(settings: ImageSettings) -> list[Any]:
