@@ -98,7 +98,7 @@ class Reuse:
 
 
 def main() -> None:
-    samples = Samples()
+    samples = Samples(measures=True)
     samples.pipeline.disable_precomputed_modulation()  # and graphs: a `ReusingBackbone` does not do the same every time
     reuse, solution = Reuse(samples), samples.of(500, "heun")
     head = "| solver | evaluations of the backbone | " + " | ".join(WAYS) + " |\n|" + "---|" * (len(WAYS) + 2)

@@ -24,13 +24,16 @@ METRICS = ("kid_efficientnet", "fd_mid_efficientnet", "boundary")
 
 
 class Samples:
-    def __init__(self) -> None:
+    """Args: measures: whether the command may name real images, to measure the distance of samples to."""
+
+    def __init__(self, measures: bool = False) -> None:
         parser = argparse.ArgumentParser()
         parser.add_argument("model")
         parser.add_argument("--seeds", default="0-31")
         parser.add_argument("--guidance", type=float, default=2.0)
-        parser.add_argument("--reference", help="held-out images, to measure the distance of samples to, as sweep does")
-        parser.add_argument("--images", type=int, default=426, help="samples for that distance")
+        if measures:
+            parser.add_argument("--reference", help="held-out images, to measure samples against, as sweep does")
+            parser.add_argument("--images", type=int, default=426, help="samples for that distance")
         parser.add_argument("--out", type=Path)
         self.asked = parser.parse_args()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,7 +41,7 @@ class Samples:
         self.seeds = parse_seeds(self.asked.seeds)
         self.classes = deal_classes(range(self.pipeline.model.config.num_classes), len(self.seeds), None)
         self.evaluator: Evaluator | None = None
-        if self.asked.reference:
+        if measures and self.asked.reference:
             size = self.pipeline.config.height, self.pipeline.config.width
             options = EvaluationOptions(metrics=METRICS, patch_size=self.pipeline.model.config.patch_size)
             self.real = open_images(self.asked.reference, "train", size)

@@ -22,7 +22,7 @@ SCHEDULERS = {
 
 
 def main() -> None:
-    samples = Samples()
+    samples = Samples(measures=True)
     solution = samples.of(1000, "heun")
     errors: dict[str, dict[int, float]] = {}
     distances: dict[str, dict[int, dict[str, float]]] = {}

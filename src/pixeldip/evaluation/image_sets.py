@@ -1,6 +1,7 @@
 """Sets of images to measure: read in parts, by index, in an order that is always the same."""
 
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +129,11 @@ class SourceImages:
     def content_hash(self) -> str:
         """SHA-256 of the files' bytes, one after the other, read once."""
         return hashlib.sha256(b"".join(self.source.hashes())).hexdigest()
+
+
+def read_rows(images: ImageSet, rows: Iterable[int]) -> np.ndarray:
+    """Images of rows that need not be neighbours, uint8 (n, H, W, 3)."""
+    return np.concatenate([images.read(row, row + 1) for row in rows])
 
 
 def open_images(

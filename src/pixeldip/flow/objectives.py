@@ -49,8 +49,8 @@ class ImageObjective(VelocityObjective):
 
     def loss(self, v: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         left = 1 - like(t, v.float())
-        image = interpolate(x, noise, t).float() + left.clamp(min=NEAREST_DATA) * v.float()
-        return ((image - x.float()) / left.clamp(min=NEAREST_LEARNT)).square().flatten(1).mean(1)
+        off = left.clamp(min=NEAREST_DATA) * v.float() - left * velocity(x, noise).float()  # the image's error
+        return (off / left.clamp(min=NEAREST_LEARNT)).square().flatten(1).mean(1)
 
 
 class NoiseObjective(VelocityObjective):

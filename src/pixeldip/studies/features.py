@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data import NpzFile, Source, open_source
 from ..errors import UserError
-from ..evaluation.image_sets import SourceImages
+from ..evaluation.image_sets import SourceImages, read_rows
 from ..files import writing
 from ..flow import Stream, fold_seed, interpolate, seeded_normal
 from ..images import from_uint8
@@ -152,7 +152,7 @@ def _measured(
 def _labelled(source: Source, size: tuple[int, int], per_class: int) -> tuple[Tensor, np.ndarray]:
     images = SourceImages(source, "labelled images", size, allow_enlarging=True, skip_broken=True)
     rows = chosen_rows(images.labels, per_class)
-    pixels = np.concatenate([images.read(row, row + 1) for row in rows])
+    pixels = read_rows(images, rows)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), images.labels[rows]
 
 

@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..bench.timing import Step, Times, count_flops, take_turns
 from ..data import Source
 from ..evaluation import Evaluator
-from ..evaluation.image_sets import SourceImages
+from ..evaluation.image_sets import SourceImages, read_rows
 from ..flow import OBJECTIVES, Stream, fold_seed, interpolate, seeded_normal
 from ..images import from_uint8
 from ..model import DiP
@@ -45,7 +44,7 @@ def validation_losses(
     null_class = model.config.num_classes
     for start in range(0, count, BATCH):
         part = rows[start : start + BATCH]
-        pixels = torch.from_numpy(np.concatenate([images.read(i, i + 1) for i in part])).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(read_rows(images, part)).permute(0, 3, 1, 2)
         x = from_uint8(pixels.to(device))
         labels = [null_class] * len(x) if images.labels is None else images.labels[part].tolist()
         y = torch.tensor(labels, device=device)
