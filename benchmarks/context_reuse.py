@@ -115,7 +115,7 @@ def main() -> None:
     if samples.evaluator:
         print(head)
         for solver, by_budget in distances.items():
-            for budget in BUDGETS[:2]:
+            for budget in BUDGETS[:1]:
                 by_budget[budget] = {}
                 for way in WAYS:
                     with reuse.of(way, budget, solver) as steps:

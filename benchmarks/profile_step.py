@@ -1,10 +1,10 @@
 """Where the time of a step goes: by kind of kernel, as torch's profiler sees them, a table and one JSON line.
 
-    python benchmarks/profile_step.py {sampling,training} [--model dip-xl/16] [--batch 64] [--precision bf16]
+    python benchmarks/profile_step.py {sampling,training} [--model dip-xl/16] [--batch 64] [--precision auto]
         [--device cuda] [--out FILE]
 
 Compiled, as the commands run it with --compile; a step of sampling is a guided one with its modulation computed ahead,
-and without graphs, into which the profiler does not see. Training is in what "auto" chooses.
+and without graphs, into which the profiler does not see.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,9 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from pixeldip.bench.commands import model_to_time
 from pixeldip.bench.steps import TIME, TrainingStep, noise_and_labels, sampling_contender
 from pixeldip.bench.timing import Ceilings, Step, seconds_of
-from pixeldip.processes import Processes, choose_device, choose_precision
+from pixeldip.processes import Processes, choose_device, choose_precision, precision_name
 from pixeldip.provenance import environment
 from pixeldip.replay import ReplayedNetwork
+from pixeldip.settings import Precision
 
 KINDS = {  # the first pattern that a kernel's name matches
     "norms, modulation, rotations": r"^_norm_modulate|^_queries_and_keys",
@@ -41,14 +43,15 @@ def main() -> None:
     parser.add_argument("what", choices=("sampling", "training"))
     parser.add_argument("--model", default="dip-xl/16")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--precision", choices=("bf16", "int8"), default="bf16", help="of sampling")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="int8: of sampling alone")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN choose convolutions by their time")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     torch.backends.cudnn.benchmark = asked.cudnn_benchmark
     device = choose_device(asked.device)
-    step = step_asked_for(asked, device)
+    weights = precision_of_weights(asked, device)
+    step = step_asked_for(asked, device, weights)
     warm_up, *seconds = (seconds_of(step, STEPS, device) for _ in range(1 + STEPS))
     kernels = profiled(step, device)
     kinds = dict.fromkeys(KINDS, 0.0)
@@ -64,7 +67,8 @@ def main() -> None:
         "images_per_second": asked.batch / min(seconds),
         "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
         "kernels": {name: kernels[name] for name in largest},
-        "ceiling_gflops": Ceilings.measure(device, torch.bfloat16).flops / 1e9,
+        "weights": precision_name(weights),
+        "ceiling_gflops": Ceilings.measure(device, weights).flops / 1e9,
         "environment": environment(Processes(0, 1, device)),
     }
     if device.type == "cuda":
@@ -78,19 +82,23 @@ def main() -> None:
         asked.out.write_text(line + "\n", encoding="utf-8")
 
 
-def step_asked_for(asked: argparse.Namespace, device: torch.device) -> Step:
+def step_asked_for(asked: argparse.Namespace, device: torch.device, weights: torch.dtype) -> Step:
     torch.manual_seed(0)
     model, size = model_to_time(asked.model)
     model.to(device)
     x, y = noise_and_labels(model, size, asked.batch, device)
     if asked.what == "training":
         model.compile_repeated_blocks(dynamic=False)
-        return functools.partial(TrainingStep(model, choose_precision("auto", device)), x, y)
-    half = model.eval().requires_grad_(False).type(torch.bfloat16)
+        return functools.partial(TrainingStep(model, weights), x, y)
+    model = model.eval().requires_grad_(False).type(weights)
     if asked.precision == "int8":
-        half.quantize_to_int8()
-    half.compile_repeated_blocks(dynamic=False)
-    return sampling_contender(ReplayedNetwork(half, graphs=False).begin([TIME]), x, y).step
+        model.quantize_to_int8()
+    model.compile_repeated_blocks(dynamic=False)
+    return sampling_contender(ReplayedNetwork(model, graphs=False).begin([TIME]), x, y).step
+
+
+def precision_of_weights(asked: argparse.Namespace, device: torch.device) -> torch.dtype:
+    return choose_precision("auto" if asked.precision == "int8" else asked.precision, device)
 
 
 def profiled(step: Step, device: torch.device) -> dict[str, dict[str, float]]:

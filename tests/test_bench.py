@@ -119,7 +119,7 @@ def run(what: str, tmp_path: Path, capsys: pytest.CaptureFixture, *flags: str) -
 
 
 def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    record = run("latency", tmp_path, capsys, "--batch", "2", "--heads")
+    record = run("latency", tmp_path, capsys, "--batch", "2", "--heads", "--precision", "bf16")
     steps = record["steps"]
     ours = ["release, fp32", "release, autocast", "ours, fp32", "ours, bf16", "ours, bf16, modulation ahead"]
     assert list(steps) == [*ours, "head coordinate_mlp", "head attention", "head mlp", "DiT-only"]
@@ -134,6 +134,9 @@ def test_latency(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert steps["DiT-only"]["parameters"] < steps["ours, bf16"]["parameters"]
     rate = 2 / 100 / steps["ours, bf16"]["milliseconds"] * 1e3
     assert steps["ours, bf16"]["images_per_second"] == pytest.approx(rate)
+    assert "head mlp / ours, bf16" in record["ratios"] and record["precision"] == "bfloat16"
+    single = run("latency", tmp_path, capsys, "--heads", "--precision", "fp32")
+    assert list(single["steps"])[4] == "ours, fp32, modulation ahead" and "head mlp / ours, fp32" in single["ratios"]
 
 
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

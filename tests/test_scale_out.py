@@ -31,6 +31,19 @@ LAUNCHER, PIXELDIP = ["-m", "torch.distributed.run"], ["-m", "pixeldip.cli"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+PRECISIONS = """
+import os, sys, torch
+from pathlib import Path
+from pixeldip import processes
+rank, chosen = int(os.environ["RANK"]), []
+for fast in (0, 1):
+    processes._multiplies_faster_in_bf16 = lambda: rank == fast
+    with processes.start_processes("cpu") as group:
+        chosen.append(processes.precision_name(processes.choose_precision("auto", group.device)))
+Path(sys.argv[1], str(rank)).write_text(" ".join(chosen))
+"""
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A finished run of one process."""
@@ -74,6 +87,15 @@ def assert_as_alone(run: Path, alone: Recipe) -> None:
     ours, theirs = (DiPPipeline.from_pretrained(name).model.state_dict() for name in (run, alone.out))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_all_compute_in_what_is_faster_on_the_main_ones_machine(tmp_path: Path) -> None:
+    script, found = tmp_path / "precisions.py", tmp_path / "found"
+    script.write_text(PRECISIONS)
+    found.mkdir()
+    command = [sys.executable, *LAUNCHER, "--nproc-per-node", "2", "--standalone", str(script), str(found)]
+    subprocess.run(command, env=ONE_THREAD, timeout=PATIENCE, check=True)
+    assert [(found / rank).read_text() for rank in "01"] == ["bfloat16 float32"] * 2
 
 
 @pytest.mark.parametrize("processes, shard", [(4, False), (4, True), (2, False)])

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip import DiP, DiPPipeline, UserError, processes
 from pixeldip.bench.timing import count_flops
 from pixeldip.flow import OBJECTIVES
 from pixeldip.processes import Processes, choose_precision
@@ -191,8 +192,26 @@ def test_half_an_environment_of_torchrun_is_refused(tmp_path: Path, monkeypatch:
         train(tiny_recipe(tmp_path / "run", "emoji"), QUIET)
 
 
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("faster", [True, False])
+def test_bf16_where_it_is_faster(instructions: bool, faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def product(tokens: Tensor, weight: Tensor) -> None:
+        nonlocal clock
+        clock += 1 if (tokens.dtype == torch.bfloat16) == faster else 2
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(processes, "_cpu_gains_from_bf16", processes._multiplies_faster_in_bf16)  # asked anew
+    expected = torch.bfloat16 if instructions and faster else torch.float32
+    assert choose_precision("auto", torch.device("cpu")) == expected
+
+
 def test_precision_follows_the_device() -> None:
     assert choose_precision("fp32", torch.device("cpu")) == torch.float32
+    assert choose_precision("bf16", torch.device("cpu")) == torch.bfloat16
     assert choose_precision("auto", torch.device("mps")) == torch.float32
     assert Processes(0, 1, torch.device("cpu")).is_main
 

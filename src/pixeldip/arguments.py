@@ -228,6 +228,8 @@ class BenchArguments:
     """All but memory."""
     compile: bool = False
     """throughput: with torch.compile of the blocks; latency (also in int8) and training: also."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of what is compiled, trained, or measured for its memory; latency always has both in plain code."""
     heads: bool = False
     """latency, training, memory: also each other head, and DiT-only, as in Table 2."""
     latent: bool = False

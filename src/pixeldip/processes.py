@@ -1,8 +1,10 @@
 """The processes of a command: one by default, as many as torchrun starts."""
 
 import contextlib
+import functools
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -117,7 +119,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """float32, bfloat16 or int8; "auto" is bfloat16 where the device has instructions for it.
+    """float32, bfloat16 or int8; "auto" is bfloat16 where the device has instructions for it, on a CPU fast ones.
 
     Raises:
         UserError: if the device has no instructions for int8.
@@ -126,7 +128,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         if not computes_in_int8(device):
             raise UserError(f"precision int8: needs a CPU with AVX512-VNNI, and this is none ({device.type}); use bf16")
         return torch.int8
-    if name == "fp32" or (name == "auto" and not _computes_in_bf16(device)):
+    if name == "fp32" or (name == "auto" and not _gains_from_bf16(device)):
         return torch.float32
     return torch.bfloat16
 
@@ -146,10 +148,35 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def _computes_in_bf16(device: torch.device) -> bool:
+def _gains_from_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and _cpu_gains_from_bf16()
+
+
+@functools.cache
+def _cpu_gains_from_bf16() -> bool:
+    """Whether the main process's CPU multiplies faster in bf16 than in float32. By the same instructions some are
+    twice as fast, and some half as fast (benchmarks/LOG.md)."""
+    if not dist.is_initialized():
+        return _multiplies_faster_in_bf16()
+    answer = [dist.get_rank() == 0 and _multiplies_faster_in_bf16()]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _multiplies_faster_in_bf16() -> bool:
+    """By a product of a small model's size, which takes a few hundredths of a second."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+    seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(7):  # in turn, since others may be at work here
+        for precision, taken in seconds.items():
+            tokens, weight = torch.ones(512, 768, dtype=precision), torch.ones(768, 768, dtype=precision)
+            began = time.perf_counter()
+            torch.mm(tokens, weight)
+            taken.append(time.perf_counter() - began)
+    return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
 
 
 @contextlib.contextmanager
@@ -218,6 +245,9 @@ def start_processes(device_name: str) -> Iterator[Processes]:
     with heartbeat(store, rank, world_size):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         try:
+            if device.type == "cpu":
+                _cpu_gains_from_bf16.cache_clear()
+                _cpu_gains_from_bf16()  # of the main process, while all are here to be told
             yield Processes(rank, world_size, device)
         finally:
             dist.destroy_process_group()

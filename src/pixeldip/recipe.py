@@ -153,7 +153,7 @@ class TrainingSection:
     ema_decay: Fraction = 0.999
     """Of the sampled weights; rises from 0.1 to this over the first steps."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the device computes in it, else fp32."""
+    """auto: bf16 where the device has instructions for it and, on a CPU, multiplies faster by them; else fp32."""
     compile: bool = False
     gradient_checkpointing: bool = False
     shard: bool = False

@@ -51,7 +51,8 @@ Solver = Literal["euler", "heun", "ab2", "ddim", "ancestral"]
 """The names of `flow.SOLVERS`."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "bf16", "fp32", "int8"]
-"""What a model samples in; int8 is of most products of its backbone."""
+"""What a model samples in. auto: bf16 or fp32, as `choose_precision` finds; int8 is of most products of its backbone,
+and the rest in auto."""
 
 
 @strict

@@ -14,7 +14,7 @@ from ..arguments import BenchArguments
 from ..errors import UserError
 from ..files import check_writable
 from ..model import DiP, check_size, network_config
-from ..processes import Processes, choose_device, choose_precision
+from ..processes import Processes, choose_device, choose_precision, precision_name
 from ..provenance import environment
 from ..sampling import load_pipeline
 from ..settings import refuse_flags
@@ -65,10 +65,11 @@ def bench_command(arguments: BenchArguments) -> None:
     check_size(*size, model.config.patch_size)
     if arguments.out:
         check_writable(arguments.out)
+    precision = choose_precision(arguments.precision, device)
     what = f"{model.num_parameters() / 1e6:.1f} M parameters, images of {size[0]}x{size[1]}"
-    say(console, f"{arguments.what}: {arguments.model}, {what}, {device.type}")
+    say(console, f"{arguments.what}: {arguments.model}, {what}, {device.type}, {precision_name(precision)}")
     with progress(console, "turns") as start, as_compiled_as_told() if arguments.compile else contextlib.nullcontext():
-        result, asked = _measure(arguments, model, size, device, start)
+        result, asked = _measure(arguments, model, size, device, precision, start)
     for line in _table(result):
         console.print(line)
     record = {
@@ -76,6 +77,7 @@ def bench_command(arguments: BenchArguments) -> None:
         "model": {"name": arguments.model, **network_config(model.config)},
         "height": size[0],
         "width": size[1],
+        "precision": precision_name(precision),
         **asked,
         **result,
         "environment": environment(Processes(0, 1, device)),
@@ -98,14 +100,19 @@ def as_compiled_as_told() -> Iterator[None]:
 
 
 def _measure(
-    arguments: BenchArguments, model: DiP, size: tuple[int, int], device: torch.device, start: StartPass
+    arguments: BenchArguments,
+    model: DiP,
+    size: tuple[int, int],
+    device: torch.device,
+    precision: torch.dtype,
+    start: StartPass,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The benchmark's result, and those of the arguments that it went by."""
     what, batch, rounds, compiled = arguments.what, arguments.batch, arguments.rounds, arguments.compile
     batches, processes = sorted(set(arguments.batches)), sorted({1, *arguments.processes})
-    precision = choose_precision("auto", device)
     if what == "latency":
-        result = bench_latency(model, size, batch, rounds, compiled, device, arguments.heads, arguments.latent, start)
+        others = arguments.heads, arguments.latent
+        result = bench_latency(model, size, batch, rounds, compiled, device, precision, *others, start)
         return result, {"batch": batch, "rounds": rounds}
     if what == "training":
         result = bench_training(model, size, batch, rounds, compiled, device, precision, arguments.heads, start)

@@ -19,7 +19,8 @@ from .release import ReleaseDiP, has_releases_form, release_step
 from .steps import DT, GUIDANCE, STEPS, TIME, noise_and_labels, replayed, sampling_contender
 from .timing import Step
 
-DIT, VAE = "DiT-XL/2 in latents, bf16", "its VAE, one decoding"
+DIT, VAE = "DiT-XL/2 in latents", "its VAE, one decoding"
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def bench_latency(
@@ -29,6 +30,7 @@ def bench_latency(
     rounds: int,
     compiled: bool,
     device: torch.device,
+    precision: torch.dtype,
     heads: bool,
     latent: bool,
     start: StartPass,
@@ -36,60 +38,65 @@ def bench_latency(
     """One Euler step of guidance, both branches, for `batch` images of `size` (height, width).
 
     Args:
-        compiled: also with compiled blocks, the release's way under autocast, too, ours in bf16 and, where the device
-            computes in it, in int8. Each of ours also as the commands sample: modulation computed ahead where there is
-            room for it, and replayed from a CUDA graph where that pays.
-        heads: also each other head, and no head, in bf16.
-        latent: also DiT-XL/2 with its VAE, in bf16.
+        compiled: also with compiled blocks, the release's way, too, and ours, where the device computes in it, in int8.
+        precision: float32 or bfloat16, of what is compiled, of other heads and of DiT-XL/2; the plain code is timed in
+            both. Ours in it is also timed as the commands sample: modulation computed ahead where there is room for
+            it, and replayed from a CUDA graph where that pays.
+        heads: also each other head, and no head.
+        latent: also DiT-XL/2 with its VAE.
 
     Returns:
         "steps" and "ceilings" as `compare` makes them; "images": seconds of a whole batch, in 100 Euler steps, or 250
-        of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds, other heads' to "ours, bf16", which is not
+        of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds, other heads' to ours not
         compiled either; "errors" of the guided velocity against the first row's, as a share of its standard deviation.
     """
     x, y = noise_and_labels(model, size, batch, device)
-    contenders = _contenders(model.to(device).eval().requires_grad_(False), x, y, compiled)
+    plain = f"ours, {SHORT[precision]}"
+    contenders = _contenders(model.to(device).eval().requires_grad_(False), x, y, compiled, precision)
     errors = _errors({name: contender.step for name, contender in contenders.items()}, x)
     others = other_heads(model) if heads else {}
     for name, config in others.items():
-        other = DiP(**config).eval().requires_grad_(False).to(device).type(torch.bfloat16)
+        other = DiP(**config).eval().requires_grad_(False).to(device).type(precision)
         contenders[name] = sampling_contender(other, x, y)
     if latent:
-        other = LatentModel(size, batch, device, torch.bfloat16)
+        other = LatentModel(size, batch, device, precision)
         images = batch / LATENT_STEPS
-        contenders[DIT] = Contender(other.step(), batch, images, torch.bfloat16, other.transformer.num_parameters())
-        contenders[VAE] = Contender(other.decode(), batch, batch, torch.bfloat16, other.vae.num_parameters())
+        contenders[DIT] = Contender(other.step(), batch, images, precision, other.transformer.num_parameters())
+        contenders[VAE] = Contender(other.decode(), batch, batch, precision, other.vae.num_parameters())
     timings = compare(contenders, rounds, device, start)
-    ratios = timings.ratios(dict.fromkeys(others, "ours, bf16"))
+    ratios = timings.ratios(dict.fromkeys(others, plain))
     return {**timings.record(), "images": _whole_images(timings.rows), "ratios": ratios, "errors": errors}
 
 
-def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool) -> dict[str, Contender]:
+def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: torch.dtype) -> dict[str, Contender]:
     contenders = {}
     if has_releases_form(model):
         release = ReleaseDiP(model).to(x.device)
         contenders["release, fp32"] = _release(release, x, y, torch.float32)
         contenders["release, autocast"] = _release(release, x, y, torch.bfloat16)
         if compiled:
-            contenders["release, autocast, compiled"] = _release(release.compiled(), x, y, torch.bfloat16, release)
-    half = copy.deepcopy(model).type(torch.bfloat16)
-    contenders["ours, fp32"] = sampling_contender(model, x, y)
-    networks = {"ours, bf16": half}
+            way = "autocast" if precision == torch.bfloat16 else "fp32"
+            contenders[f"release, {way}, compiled"] = _release(release.compiled(), x, y, precision, release)
+    in_both = {torch.float32: model, torch.bfloat16: copy.deepcopy(model).type(torch.bfloat16)}
+    for dtype, network in in_both.items():
+        contenders[f"ours, {SHORT[dtype]}"] = sampling_contender(network, x, y)
+    plain, ours = f"ours, {SHORT[precision]}", in_both[precision]
+    networks = {plain: ours}
     if compiled:
-        fast = {"ours, bf16, compiled": copy.deepcopy(half)}
+        fast = {f"{plain}, compiled": copy.deepcopy(ours)}
         if computes_in_int8(x.device):
-            fast["ours, int8, compiled"] = integers = copy.deepcopy(half)
+            fast["ours, int8, compiled"] = integers = copy.deepcopy(ours)
             integers.quantize_to_int8()
         for network in fast.values():
             network.compile_repeated_blocks(dynamic=False)
         networks |= fast
     for name, network in networks.items():
-        contenders[name] = sampling_contender(network, x, y, counted=half)
+        contenders.setdefault(name, sampling_contender(network, x, y, counted=ours))
         called = replayed(network)
         if recordable(x):
-            contenders[f"{name}, graphs"] = sampling_contender(called, x, y, counted=half)
+            contenders[f"{name}, graphs"] = sampling_contender(called, x, y, counted=ours)
         elif called.computes_ahead(torch.stack([y, y])):
-            contenders[f"{name}, modulation ahead"] = sampling_contender(called, x, y, counted=half)
+            contenders[f"{name}, modulation ahead"] = sampling_contender(called, x, y, counted=ours)
     return contenders
 
 

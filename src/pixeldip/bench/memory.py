@@ -110,7 +110,7 @@ def _take_steps(
     """Builds the model first."""
     model = DiP(**config)
     if doing == "sampling":
-        model = model.eval().requires_grad_(False).type(torch.bfloat16)
+        model = model.eval().requires_grad_(False).type(precision)
         _held_now(device)  # building it took float32
     model.to(device)
     x, y = noise_and_labels(model, size, batch, device)

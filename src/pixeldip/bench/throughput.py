@@ -22,7 +22,7 @@ def bench_throughput(
     precision: torch.dtype,
     start: StartPass,
 ) -> dict[str, Any]:
-    """Guided Euler steps with bf16 weights, 100 to an image, and training steps, for each batch size.
+    """Guided Euler steps, 100 to an image, and training steps, for each batch size.
 
     Args:
         compiled: with compiled blocks. Sampling is as the commands do it: modulation computed ahead, and on a CUDA
@@ -32,18 +32,18 @@ def bench_throughput(
         "steps" and "ceilings" as `compare` makes them; "series": by what was done, [batch, images/s] pairs. On a GPU
         with dense attention the share of the limit is what others call MFU, against the measured ceiling.
     """
-    half = copy.deepcopy(model).eval().requires_grad_(False).to(device).type(torch.bfloat16)
+    sampled = copy.deepcopy(model).eval().requires_grad_(False).to(device).type(precision)
     trainer = TrainingStep(model.to(device), precision)
-    eager, plain = half, model
+    eager, plain = sampled, model
     if compiled:
-        eager, plain = copy.deepcopy(half), copy.deepcopy(model)
-        half.compile_repeated_blocks(dynamic=False)
+        eager, plain = copy.deepcopy(sampled), copy.deepcopy(model)
+        sampled.compile_repeated_blocks(dynamic=False)
         model.compile_repeated_blocks(dynamic=False)
     trained_apart = plain if counted_apart(compiled, device) else None
     contenders: dict[str, Contender] = {}
     for batch in batches:
         x, y = noise_and_labels(model, size, batch, device)
-        contenders[f"sampling, {batch}"] = sampling_contender(replayed(half), x, y, counted=eager)
+        contenders[f"sampling, {batch}"] = sampling_contender(replayed(sampled), x, y, counted=eager)
         contenders[f"training, {batch}"] = trainer.contender(x, y, counted=trained_apart)
     timings = compare(contenders, rounds, device, start)
     series = {
