@@ -47,12 +47,18 @@ class Samples:
             self.real = open_images(self.asked.reference, "train", size)
             self.evaluator = Evaluator(options, *size, Processes(0, 1, self.device), own_images=self.real)
 
-    def of(self, steps: int, solver: str | None, most: int | None = None) -> np.ndarray:
+    def of(self, steps: int, solver: str | None, most: int | None = None, time_shift: float = 1.0) -> np.ndarray:
         """Those of the first so many seeds, in grey levels of 255, about 0; without a solver the pipeline's scheduler
         is followed."""
-        how = {"num_inference_steps": steps, "solver": solver, "guidance_scale": self.asked.guidance}
         x = self.pipeline(
-            self.classes[:most], seeds=self.seeds[:most], guidance_interval=(0.0, 1.0), output_type="latent", **how
+            self.classes[:most],
+            seeds=self.seeds[:most],
+            num_inference_steps=steps,
+            solver=solver,
+            guidance_scale=self.asked.guidance,
+            guidance_interval=(0.0, 1.0),
+            time_shift=time_shift,
+            output_type="latent",
         ).images
         return x.clamp(-1, 1).cpu().numpy() * 127.5
 
