@@ -23,7 +23,8 @@ run() { # FILE SCRIPT FLAGS…
 
 if [ "$device" = cpu ]; then
     measure latency latency --rounds 7 --compile --heads
-    measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --heads --latent
+    measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --latent
+    measure latency_heads_xl latency --model dip-xl/16 --rounds 3 --heads --latent # 20 GB, compiled it would be more
     measure latency_s latency --model dip-s/16 --rounds 7 --compile
     measure training training --batch 8 --rounds 5 --compile
     measure training_heads training --batch 4 --rounds 3 --heads

@@ -47,8 +47,8 @@ def bench_latency(
 
     Returns:
         "steps" and "ceilings" as `compare` makes them; "images": seconds of a whole batch, in 100 Euler steps, or 250
-        of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds, other heads' to ours not
-        compiled either; "errors" of the guided velocity against the first row's, as a share of its standard deviation.
+        of DiT-XL/2 and the VAE, and at the limit; "ratios" within rounds, other heads' to ours not compiled either;
+        "errors" of the guided velocity against the first row's, as a share of its standard deviation.
     """
     x, y = noise_and_labels(model, size, batch, device)
     plain = f"ours, {SHORT[precision]}"
