@@ -27,7 +27,7 @@ if [ "$device" = cpu ]; then
     measure latency_heads_xl latency --model dip-xl/16 --rounds 3 --heads --latent # 20 GB, compiled it would be more
     measure latency_s latency --model dip-s/16 --rounds 7 --compile
     measure training training --batch 8 --rounds 5 --compile
-    measure training_heads training --batch 4 --rounds 3 --heads
+    measure training_heads training --batch 2 --rounds 3 --heads # of 4 images the attention head takes 23 GB
     measure throughput throughput --model dip-s/16 --batches 1 2 4 8 --rounds 5
     measure throughput_b throughput --batches 1 2 4 8 --rounds 3 --compile
     run head_pair head_pair
