@@ -150,7 +150,8 @@ def test_the_command_says_what_it_computed_in(model_folder: Path, tmp_path: Path
         assert json.loads((out / "settings.json").read_text())["precision"] == {"fp32": "float32"}.get(name, "int8")
         images[name] = np.asarray(Image.open(out / "grid.png"))
     for name in ("int8", "int8-compiled"):
-        assert 35 < psnr(images[name], images["fp32"]) < 60
+        assert (images[name] != images["fp32"]).any()
+        assert psnr(images[name], images["fp32"]) > 35
 
 
 def test_a_benchmarks_limit_counts_both_kinds_of_products() -> None:
