@@ -202,7 +202,7 @@ def test_bf16_where_it_is_faster(instructions: bool, faster: bool, monkeypatch: 
         clock += 1 if (tokens.dtype == torch.bfloat16) == faster else 2
 
     monkeypatch.setattr(torch, "mm", product)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    monkeypatch.setattr(time, "thread_time", lambda: clock)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(processes, "_cpu_gains_from_bf16", processes._multiplies_faster_in_bf16)  # asked anew
     expected = torch.bfloat16 if instructions and faster else torch.float32

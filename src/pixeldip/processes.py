@@ -166,16 +166,22 @@ def _cpu_gains_from_bf16() -> bool:
 
 
 def _multiplies_faster_in_bf16() -> bool:
-    """By a product of a small model's size, which takes a few hundredths of a second."""
+    """By the time that one thread spends on products of a small model's size: what else is at work on the machine does
+    not count, and so does not change the answer."""
     if not torch.cpu._is_avx512_bf16_supported():
         return False
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(7):  # in turn, since others may be at work here
-        for precision, taken in seconds.items():
-            tokens, weight = torch.ones(512, 768, dtype=precision), torch.ones(768, 768, dtype=precision)
-            began = time.perf_counter()
-            torch.mm(tokens, weight)
-            taken.append(time.perf_counter() - began)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(7):
+            for precision, taken in seconds.items():
+                tokens, weight = torch.ones(512, 768, dtype=precision), torch.ones(768, 768, dtype=precision)
+                began = time.thread_time()
+                torch.mm(tokens, weight)
+                taken.append(time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
     return min(seconds[torch.bfloat16]) < min(seconds[torch.float32])
 
 
