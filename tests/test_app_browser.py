@@ -408,6 +408,9 @@ def test_follow_a_run(page: Page, folder: Path) -> None:
     (folder / "runs" / "third").mkdir()
     (folder / "runs" / "third" / "metrics.jsonl").touch()
     page.get_by_role("button", name="Look for runs").click()
+    field(page, "Run").click()
+    expect(page.get_by_role("option", name="runs/third")).to_be_visible()  # it has looked
+    page.keyboard.press("Escape")
     expect(field(page, "Run")).to_have_value("runs/second")
     shutil.rmtree(second)
     expect(line).to_have_text("runs/second is not here any more.")
