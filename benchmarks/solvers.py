@@ -8,7 +8,7 @@ count a guided pair as one. How good the samples are is for `pixeldip sweep` to 
 schedulers, which it does not know, are measured against it here as it measures our solvers.
 """
 
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from solution import Samples, in_words, rms
 
 from pixeldip.flow import evaluations, steps_within
@@ -33,8 +33,8 @@ def main() -> None:
         solver = None if name in SCHEDULERS else name
         errors[name] = {}
         for shift in SHIFTS:
-            scheduler = FlowMatchEulerDiscreteScheduler() if solver else SCHEDULERS[name](shift)
-            samples.pipeline.scheduler = scheduler
+            if not solver:
+                samples.pipeline.scheduler = SCHEDULERS[name](shift)
             found = errors[name][shift] = {}
             for budget in BUDGETS:
                 steps = steps_within(solver, budget) if solver else budget

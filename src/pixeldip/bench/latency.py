@@ -91,7 +91,7 @@ def _contenders(model: DiP, x: Tensor, y: Tensor, compiled: bool, precision: tor
             network.compile_repeated_blocks(dynamic=False)
         networks |= fast
     for name, network in networks.items():
-        contenders.setdefault(name, sampling_contender(network, x, y, counted=ours))
+        contenders[name] = sampling_contender(network, x, y, counted=ours)
         called = replayed(network)
         if recordable(x):
             contenders[f"{name}, graphs"] = sampling_contender(called, x, y, counted=ours)
