@@ -55,6 +55,7 @@ NOTE = {
     "guidance_scale": 2.5,
     "guidance_interval": [0.2, 0.9],
     "time_shift": 1.5,
+    "backbone_every": 2,
     "height": 16,
     "width": 24,
 }
@@ -167,8 +168,8 @@ def test_limits() -> None:
         ({"seeds": str(2**63)}, "a seed is at most"),
         ({"steps": 11}, "Steps: at most 10"),
         ({"steps": 0}, "Steps: input should be greater"),
-        (SolutionControls.settings(1.0, 0.0, 1.0, 2.5, "euler", 1.0), "Steps: .* fractional part, found 2.5"),
-        (SolutionControls.settings(1.0, 0.0, 1.0, 2, "euler", None), "Time shift: .* found None"),
+        (SolutionControls.settings(1.0, 0.0, 1.0, 2.5, "euler", 1.0, 1), "Steps: .* fractional part, found 2.5"),
+        (SolutionControls.settings(1.0, 0.0, 1.0, 2, "euler", None, 1), "Time shift: .* found None"),
         (SubjectControls.settings([], "0", 16.5, None), "Height: .* fractional part, found 16.5"),
         ({"height": 65}, "Height: at most 64"),
         ({"guidance_interval": (0.0, 1.5)}, "Guide from and until"),
@@ -182,7 +183,7 @@ def test_limits() -> None:
 def test_controls_begin_within_the_limits(pipeline: DiPPipeline) -> None:
     limits = Limits(images=2, steps=1, side=12)
     settings = SamplingSettings(steps=300, guidance=40.0, solver="ddim")
-    assert SolutionControls.values(settings, limits) == [15, 0.1, 1.0, 1, "euler", 1.0]
+    assert SolutionControls.values(settings, limits) == [15, 0.1, 1.0, 1, "euler", 1.0, 1]
     classes, *others = SubjectControls.updates(pipeline, limits)
     assert others == [8, 8] and classes["value"] == ["ant", "bee", "cow"]
     with gr.Blocks():
@@ -191,6 +192,7 @@ def test_controls_begin_within_the_limits(pipeline: DiPPipeline) -> None:
 
 def test_a_picture_gives_back_its_settings(pipeline: DiPPipeline, tmp_path: Path) -> None:
     asked = ImageSettings(steps=3, solver="heun", guidance=1.5, guidance_interval=(0.0, 0.7), time_shift=2.0)
+    asked.backbone_every = 2
     images = SampledImages(pipeline, asked, [4, 9], ["cow", "ant"], height=24, width=16, name="m")
     gallery = Gallery(tmp_path / "gallery")
     gallery.folder.rmdir()  # somebody tidied up while the page was served

@@ -287,6 +287,8 @@ def test_group_offloading_changes_nothing(pipeline: DiPPipeline, kind: dict) -> 
         ({"class_labels": [0], "guidance_interval": (0, "1")}, "guidance_interval '1': give a finite number"),
         ({"class_labels": [0], "guidance_interval": (0.9, 0.1)}, "0 <= lo <= hi <= 1"),
         ({"class_labels": [0], "time_shift": float("inf")}, "time_shift inf: give a finite number"),
+        ({"class_labels": [0], "backbone_every": 0}, "backbone_every 0: give 1"),
+        ({"class_labels": [0], "backbone_every": 1.5}, "backbone_every 1.5: give a whole number"),
         ({"class_labels": [0], "height": 0}, "an image of 0x16 pixels"),
         ({"class_labels": [0], "width": "64"}, "width '64': give a whole number"),
         ({"class_labels": [0], "height": 8e8}, "height 800000000.0: give a whole number"),
@@ -356,7 +358,7 @@ def test_a_model_knows_how_it_is_sampled(model_folder: Path, tmp_path: Path) -> 
     own = {"num_inference_steps": 3, "guidance_scale": 1.5, "guidance_interval": (0.2, 0.9), "solver": "heun"}
     DiPPipeline(network, height=16, width=16, sampling=own).save_pretrained(tmp_path / "saved")
     pipeline = DiPPipeline.from_pretrained(tmp_path / "saved")
-    assert pipeline.default_settings.pipeline_arguments() == {**own, "time_shift": 1.0}
+    assert pipeline.default_settings.pipeline_arguments() == {**own, "time_shift": 1.0, "backbone_every": 1}
 
     def sample(**said: object) -> torch.Tensor:
         return pipeline([0, 1], output_type="latent", **said).images

@@ -123,6 +123,7 @@ def test_recipes_with_mistakes(values: object, message: str) -> None:
         ({"data": {"resolution": 60}, "model": {"patch_size": 8}}, 1, "60x60 pixels .* multiples of 8"),
         ({"preview": {"guidance_interval": [0.8, 0.2]}}, 1, "preview: "),
         ({"evaluation": {"guidance_interval": [0.8, 0.2]}}, 1, "evaluation: "),
+        ({"preview": {"backbone_every": 2}, "model": {"head": "linear"}}, 1, "preview: backbone_every 2: no Patch"),
         ({"training": {"batch_size": 6}}, 4, "batch_size 6 cannot be split over 4 processes"),
         ({"training": {"batch_size": 6, "gradient_accumulation": 4}}, 1, "multiple of 4"),
         ({"model": {"preset": "dip-xxl/16"}}, 1, "no preset"),

@@ -211,3 +211,17 @@ def test_graphs_replay_the_same_images(precision: torch.dtype, compiled: bool) -
         plain = solution(model)
         for again in (solution(network), solution(network)):
             assert (again - plain).std() < (0.02 if precision == torch.bfloat16 else 1e-4) * plain.std()
+
+
+@CUDA
+def test_graphs_with_and_without_the_backbone() -> None:
+    pipe = DiPPipeline(tiny().to("cuda"), height=16, width=24)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images() -> Tensor:
+        return pipe([2, 0], num_inference_steps=6, backbone_every=2, output_type="latent").images
+
+    plain = images()
+    pipe.enable_cuda_graphs()
+    for again in (images(), images()):
+        assert (again - plain).std() < 1e-4 * plain.std()

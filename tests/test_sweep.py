@@ -55,32 +55,36 @@ def test_every_combination_once() -> None:
             guidance=(1.0, 2.0),
             guidance_interval=((0.0, 1.0), (0.2, 0.8)),
             time_shift=(1.0, 3.0),
+            backbone_every=(1, 4),
         ),
         SamplingSettings(),
     )
     ab2 = [s for s in found if s.solver == "ab2"]
     heun = [s for s in found if s.solver == "heun"]
-    assert len(ab2) == 2 * 3 * 2 and len({s.name for s in found}) == len(found)  # unguided, and guided in two intervals
+    assert len(ab2) == 2 * 3 * 2 * 2 and len({s.name for s in found}) == len(
+        found
+    )  # unguided, and guided in two intervals
     assert {s.evaluations for s in ab2} == {10, 11} == {s.sampling.steps for s in ab2}
     # six steps of Heun's would take eleven evaluations, so ten allow five steps, which take nine
     assert {(s.evaluations, s.sampling.steps) for s in heun} == {(9, 5), (11, 6)}
     assert all(s.sampling.guidance_interval == s.interval and s.sampling.guidance == s.guidance for s in found)
-    assert {s.sampling.time_shift for s in found} == {1, 3} and all(
-        s.sampling.time_shift == s.time_shift for s in found
-    )
+    for name, values in {"time_shift": {1, 3}, "backbone_every": {1, 4}}.items():
+        assert {getattr(s.sampling, name) for s in found} == values
+        assert all(getattr(s.sampling, name) == getattr(s, name) for s in found)
 
 
 def test_what_is_left_out_is_the_models_own() -> None:
     own = SamplingSettings(steps=13, solver="heun", guidance=9.0, guidance_interval=(0.2, 0.8), time_shift=2.0)
+    own.backbone_every = 3
     found = combinations(SweepArguments(model="m", guidance=(3.0,)), own)
-    assert found == [Setting("heun", 25, 3.0, (0.2, 0.8), 2.0)] and found[0].sampling.steps == 13
+    assert found == [Setting("heun", 25, 3.0, (0.2, 0.8), 2.0, 3)] and found[0].sampling.steps == 13
 
 
 def test_what_one_folder_holds_was_measured_alike() -> None:
     """Each argument varies from setting to setting, must be the same for all, or changes no number but by rounding."""
     changes_nothing = {"out", "device", "precision", "compile", "evaluation_batch_size", "cache", "verify"}
     changes_nothing |= {"require_balanced", "patch_size"}  # the one refuses; the other is the model's
-    varies = {"guidance", "guidance_interval", "solver", "evaluations", "time_shift"}
+    varies = {"guidance", "guidance_interval", "solver", "evaluations", "time_shift", "backbone_every"}
     every = {field.name for field in dataclasses.fields(SweepArguments)}
     assert every == changes_nothing | varies | set(ASKED)
 

@@ -5,7 +5,7 @@ batch 1 a GPU finishes kernels sooner than Python can launch them; a CUDA graph 
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,11 @@ MOST_AHEAD = 2**29
 MOST_RECORDED = 2**20
 """Pixels of a batch up to which graphs are recorded; above, the CPU is ahead without them (benchmarks/LOG.md)."""
 WARM_UP = 2
+
+Velocity = Tensor | tuple[Tensor, Tensor]
+"""What `DiP.forward` returns: with `tokens_after` also tokens."""
+Given = Mapping[str, Tensor]
+"""What it may be given beside x, t and y, by its name there: modulations or tokens."""
 
 
 class ReplayedNetwork:
@@ -41,12 +46,12 @@ class ReplayedNetwork:
         self._weights = weights
         return SolutionNetwork(self, times)
 
-    def evaluate(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
+    def evaluate(self, x: Tensor, t: float, y: Tensor, tokens_after: int | None, given: Given) -> Velocity:
         """As `DiP.forward`, at one time t for all images; from a graph where that is worth it."""
         if not self.graphs or not recordable(x):
-            return self.model(x, x.new_full((len(x),), t), y, modulations=modulations)
+            return self.model(x, x.new_full((len(x),), t), y, tokens_after, **given)
         recorder = self._recorder = self._recorder or _Recorder(self.model, x.device)
-        return recorder(x, t, y, modulations)
+        return recorder(x, t, y, tokens_after, given)
 
 
 class SolutionNetwork:
@@ -67,9 +72,14 @@ class SolutionNetwork:
         return values * dtype.itemsize <= MOST_AHEAD
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
-        """x (B, C, H, W) and y (B,) or (G, B), as `DiP.forward` takes them, at time t."""
-        return self._replayed.evaluate(x, t, y, self._modulations(t, y))
+    def __call__(
+        self, x: Tensor, t: float, y: Tensor, tokens_after: int | None = None, tokens: Tensor | None = None
+    ) -> Velocity:
+        """As `DiP.forward`, x (B, C, H, W) and y (B,) or (G, B), at time t."""
+        modulations = self._modulations(t, y) if tokens is None else None
+        given = {"modulations": modulations, "tokens": tokens}
+        given = {name: value for name, value in given.items() if value is not None}
+        return self._replayed.evaluate(x, t, y, tokens_after, given)
 
     def _modulations(self, t: float, y: Tensor) -> Tensor | None:
         """(depth, G B, 6 D) at t; None where there is no room for all times', or `begin` was not given t."""
@@ -107,27 +117,35 @@ class _Recorder:
         self.recorded: dict[tuple, _Recording] = {}
         self.lock = threading.Lock()
 
-    def __call__(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
+    def __call__(self, x: Tensor, t: float, y: Tensor, tokens_after: int | None, given: Given) -> Velocity:
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = x.shape, x.dtype, y.shape, modulations is None, cast, torch.is_inference_mode_enabled()
+        key = x.shape, x.dtype, y.shape, tokens_after, *given, cast, torch.is_inference_mode_enabled()
         with self.lock, torch.cuda.device(self.device):
             if key not in self.recorded:
-                self.recorded[key] = _Recording(self, x, y, modulations, cast)
-            return self.recorded[key].replay(x, t, y, modulations)
+                self.recorded[key] = _Recording(self, x, y, tokens_after, given, cast)
+            return self.recorded[key].replay(x, t, y, given)
 
 
 class _Recording:
     """An evaluation of one shape as a CUDA graph, which reads and writes tensors of its own."""
 
-    def __init__(self, recorder: _Recorder, x: Tensor, y: Tensor, modulations: Tensor | None, cast: torch.dtype | None):
+    def __init__(
+        self,
+        recorder: _Recorder,
+        x: Tensor,
+        y: Tensor,
+        tokens_after: int | None,
+        given: Given,
+        cast: torch.dtype | None,
+    ):
         self.x, self.t, self.y = x.clone(), x.new_zeros(len(x)), y.clone()
-        self.modulations = None if modulations is None else modulations.clone()
+        self.given = {name: value.clone() for name, value in given.items()}
         model, stream = recorder.model, recorder.stream
 
-        def evaluate() -> Tensor:
+        def evaluate() -> Velocity:
             # what autocast makes of weights must not be kept from one evaluation to the next
             with torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False):
-                return model(self.x, self.t, self.y, modulations=self.modulations)
+                return model(self.x, self.t, self.y, tokens_after, **self.given)
 
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and libraries set up what they keep
@@ -136,16 +154,16 @@ class _Recording:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=recorder.pool, stream=stream, capture_error_mode="thread_local"):
-            self.v = evaluate()
+            self.out = evaluate()
         # the graph reads these, but the head may drop them
         self.kernels = [dict(head.kept_kernels) for head in model.modules() if isinstance(head, UNetHead)]
 
-    def replay(self, x: Tensor, t: float, y: Tensor, modulations: Tensor | None) -> Tensor:
-        """The velocity, copied: the next graph may write to the same memory."""
+    def replay(self, x: Tensor, t: float, y: Tensor, given: Given) -> Velocity:
+        """What the evaluation returns, copied: the next graph may write to the same memory."""
         self.x.copy_(x)
         self.t.fill_(t)
         self.y.copy_(y)
-        if modulations is not None:
-            self.modulations.copy_(modulations)
+        for name, value in given.items():
+            self.given[name].copy_(value)
         self.graph.replay()
-        return self.v.clone()
+        return tuple(part.clone() for part in self.out) if isinstance(self.out, tuple) else self.out.clone()

@@ -28,6 +28,7 @@ class _Sampling(TypedDict, total=False):
     guidance_scale: float
     guidance_interval: tuple[float, float]
     time_shift: float
+    backbone_every: int
 
 
 class _Index(TypedDict):

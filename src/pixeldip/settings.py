@@ -44,6 +44,7 @@ _PIPELINE_ARGUMENTS = {
     "guidance_scale": "guidance",
     "guidance_interval": "guidance_interval",
     "time_shift": "time_shift",
+    "backbone_every": "backbone_every",
 }
 
 
@@ -68,6 +69,9 @@ class SamplingSettings:
     """Times between which steps are guided; 0 is noise, 1 is the image."""
     time_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1 takes more of the steps at noisy times."""
+    backbone_every: Positive = 1
+    """Above 1 the backbone is computed at every so-manyth evaluation only; at the others the head works with the
+    tokens it left."""
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """The keywords `DiPPipeline.__call__` knows these settings by."""
@@ -100,6 +104,9 @@ class SamplingFlags:
     """Times between which steps are guided; 0 is noise, 1 is the image."""
     time_shift: Annotated[float, Field(gt=0)] | None = None
     """Above 1 takes more of the steps at noisy times."""
+    backbone_every: Positive | None = None
+    """Above 1 the backbone is computed at every so-manyth evaluation only; at the others the head works with the
+    tokens it left."""
 
     def settings(self, own: SamplingSettings) -> SamplingSettings:
         """What was given, and for the rest the model's own settings."""

@@ -24,6 +24,7 @@ LABELS = {
     "steps": "Steps",
     "solver": "Solver",
     "time_shift": "Time shift",
+    "backbone_every": "Backbone every",
 }
 """What a page calls a request's settings."""
 
@@ -71,9 +72,10 @@ class ImageSettings(SamplingSettings):
         """A line that says it all."""
         lo, hi = self.guidance_interval
         shift = "" if self.time_shift == 1 else f" · time shift {self.time_shift:g}"
+        every = "" if self.backbone_every == 1 else f" · backbone every {self.backbone_every}"
         return (
-            f"{', '.join([*self.classes, f'seed {self.seeds}'])} · {self.solver}, {self.steps} steps{shift} · guidance "
-            f"{self.guidance:g} from t = {lo:g} to {hi:g} · {self.height}×{self.width} · {self.model}"
+            f"{', '.join([*self.classes, f'seed {self.seeds}'])} · {self.solver}, {self.steps} steps{shift}{every} · "
+            f"guidance {self.guidance:g} from t = {lo:g} to {hi:g} · {self.height}×{self.width} · {self.model}"
         )
 
 
@@ -93,6 +95,7 @@ def settings_from_note(note: Mapping[str, Any]) -> ImageSettings:
             guidance=note["guidance_scale"],
             guidance_interval=tuple(note["guidance_interval"]),
             time_shift=note["time_shift"],
+            backbone_every=note.get("backbone_every", 1),  # pictures of earlier versions do not say it
             height=note["height"],
             width=note["width"],
         )
@@ -111,14 +114,15 @@ class SolutionControls:
     steps: gr.Slider
     solver: gr.Dropdown
     shift: gr.Number
+    every: gr.Number
 
     @property
     def inputs(self) -> list[gr.components.Component]:
-        return [self.guidance, self.start, self.end, self.steps, self.solver, self.shift]
+        return [self.guidance, self.start, self.end, self.steps, self.solver, self.shift, self.every]
 
     @staticmethod
     def settings(
-        guidance: float, start: float, end: float, steps: float, solver: str, shift: float | None
+        guidance: float, start: float, end: float, steps: float, solver: str, shift: float | None, every: float | None
     ) -> dict[str, Any]:
         """The values of the controls, by the names of `SamplingSettings`."""
         return {
@@ -127,6 +131,7 @@ class SolutionControls:
             "steps": steps,
             "solver": solver,
             "time_shift": shift,
+            "backbone_every": every,
         }
 
     @staticmethod
@@ -135,7 +140,7 @@ class SolutionControls:
         solver = "euler" if settings.solver == "ddim" else settings.solver  # the same steps
         guidance = min(max(settings.guidance, 0), LARGEST_GUIDANCE)
         steps = min(settings.steps, limits.steps)
-        return [guidance, *settings.guidance_interval, steps, solver, settings.time_shift]
+        return [guidance, *settings.guidance_interval, steps, solver, settings.time_shift, settings.backbone_every]
 
 
 def solution_controls(limits: Limits) -> SolutionControls:
@@ -163,7 +168,14 @@ def solution_controls(limits: Limits) -> SolutionControls:
         shift = gr.Number(
             plain.time_shift, label=LABELS["time_shift"], info="above 1: more noisy times", step=0.1, min_width=120
         )
-    return SolutionControls(guidance, start, end, steps, solver, shift)
+        every = gr.Number(
+            plain.backbone_every,
+            label=LABELS["backbone_every"],
+            info="above 1: only the head in between",
+            precision=0,
+            min_width=120,
+        )
+    return SolutionControls(guidance, start, end, steps, solver, shift, every)
 
 
 @dataclass

@@ -63,8 +63,7 @@ class Backbone(nn.Module):
         Returns:
             Tokens (G B, N, D), the time embedding (G B, D) and the condition c (G B, D).
         """
-        time = self.time_embed(t).repeat(len(y), 1)
-        c = F.silu(time + self.class_embed(y).flatten(0, 1))
+        time, c = self.conditions(t, y)
         rope = rope_2d(*grid, self.head_dim, device=patches.device)
         s = self.patch_embed(patches)
         if self.absolute_positions:
@@ -77,6 +76,11 @@ class Backbone(nn.Module):
                 s = block(s, c, rope, None if modulations is None else modulations[i - 1])
             s = after_block(i, s, time, c)
         return s, time, c
+
+    def conditions(self, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """t (B,), y (G, B) -> the time embedding (G B, D) and the condition c (G B, D)."""
+        time = self.time_embed(t).repeat(len(y), 1)
+        return time, F.silu(time + self.class_embed(y).flatten(0, 1))
 
     def modulations(self, t: Tensor, y: Tensor) -> Tensor:
         """The output of the blocks' modulation layers at times t (S,) for labels y (G, B): (S, depth, G B, 6 D)."""

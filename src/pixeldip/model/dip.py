@@ -96,6 +96,11 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """How it is trained, and the path it samples on."""
         return OBJECTIVES[self.config.prediction]
 
+    @property
+    def paints_last(self) -> bool:
+        """Whether a Patch Detailer Head stands behind the last block."""
+        return self.config.placement != "intermediate" and self.config.head != "linear"
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DiP | tuple[DiP, dict[str, Any]]":
         """As in diffusers; convolutions come back channels-last, as they were built."""
@@ -213,6 +218,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         y: Tensor,
         tokens_after: int | None = None,
         modulations: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity at the noisy image.
 
@@ -223,6 +229,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 guidance asks for; what depends on the image alone is then computed once.
             tokens_after: a number of blocks, 1 … depth.
             modulations: (depth, G B, 6 D), this t's part of what the method of that name returned for these labels.
+            tokens: (G B, N, D), those after the last block of another evaluation of these images: the head works with
+                them, and the backbone is left out.
 
         Returns:
             (B, C, H, W) in x's dtype, or (G, B, C, H, W); with `tokens_after` also the tokens (B, N, D), or
@@ -236,12 +244,12 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         seen, time = objective.network_input(x, t)
         labels = y if y.dim() == 2 else y[None]
         g = len(labels)
-        tokens = None
+        asked_for = None
 
         def after_block(blocks: int, s: Tensor, time: Tensor, c: Tensor) -> Tensor:
-            nonlocal tokens
+            nonlocal asked_for
             if blocks == tokens_after:
-                tokens = s
+                asked_for = s
             if self.injection is not None and blocks == self.config.depth // 2:
                 s = self.injection(patches, s, time, c, g)
             return s
@@ -252,7 +260,10 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         # (B, C, H, W) -> (B, N, C, P, P): channel-major inside a patch, patches in raster order
         patches = seen.unflatten(-1, (columns, p)).unflatten(-3, (rows, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
         patches = patches.to(self.backbone.patch_embed.weight.dtype)
-        s, *conditions = self.backbone(patches.flatten(2), time, labels, (rows, columns), after_block, modulations)
+        if tokens is None:
+            s, *conditions = self.backbone(patches.flatten(2), time, labels, (rows, columns), after_block, modulations)
+        else:
+            s, conditions = tokens, self.backbone.conditions(time, labels)
         refined = refine(self.context, self.detailer, patches, s, *conditions, g)
         image = refined.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(-1, *x.shape[1:])
         if g > 1:
@@ -260,7 +271,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         v = objective.to_velocity(image.to(x.dtype), x, t)
         if y.dim() == 2:
             v = v.unflatten(0, y.shape)
-        return v if tokens_after is None else (v, tokens)
+        return v if tokens_after is None else (v, asked_for)
 
 
 def _plain_sizes(config: Mapping[str, Any]) -> dict[str, int | float]:

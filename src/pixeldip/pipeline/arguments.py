@@ -1,5 +1,6 @@
 """What the pipeline is made with and called with, checked and turned into plain numbers."""
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 
 from ..errors import UserError
 from ..flow import LARGEST_SEED
+from ..model import DiP
 from ..settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
+from .reuse import check_reuse
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -31,13 +34,14 @@ def training_side(name: str, value: Any) -> int:
     return side
 
 
-def plain_settings(settings: SamplingSettings) -> tuple[int, float, tuple[float, float], float]:
-    """Steps, guidance scale, guidance interval and time shift, the last three of finite numbers."""
-    return (
-        settings.steps,
-        finite_number("guidance_scale", settings.guidance),
-        _pair("guidance_interval", settings.guidance_interval),
-        finite_number("time_shift", settings.time_shift),
+def plain_settings(settings: SamplingSettings, model: DiP) -> SamplingSettings:
+    """Of plain, finite numbers, and such as the model can be sampled with; steps and solver as they are."""
+    return dataclasses.replace(
+        settings,
+        guidance=finite_number("guidance_scale", settings.guidance),
+        guidance_interval=_pair("guidance_interval", settings.guidance_interval),
+        time_shift=finite_number("time_shift", settings.time_shift),
+        backbone_every=check_reuse(whole_number("backbone_every", settings.backbone_every), model),
     )
 
 

@@ -33,6 +33,7 @@ from ..terminal import some
 from .arguments import labels_of_images, names_of_classes, plain_settings, random_source, training_side
 from .lora import LoRAMixin
 from .output import DiPPipelineOutput, check_output_type, put_out
+from .reuse import ReusingNetwork
 from .saving import SavingMixin
 from .steps import PREDICTED, STATE, OnStepEnd, StepHandler
 
@@ -46,9 +47,9 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
             Euler's method. It is followed unless a call names a `solver`.
         height, width: the training size in pixels, the default for samples.
         class_names: one name per class; None if they have none.
-        sampling: what calls leave out: num_inference_steps, guidance_scale, guidance_interval, time_shift and,
-            while the scheduler is the default one, solver. Saved with the model; a training run puts in what its
-            previews are sampled with.
+        sampling: what calls leave out: num_inference_steps, guidance_scale, guidance_interval, time_shift,
+            backbone_every and, while the scheduler is the default one, solver. Saved with the model; a training run
+            puts in what its previews are sampled with.
 
     Raises:
         UserError: if the model is no network, the scheduler follows another path, the names are not as many as the
@@ -135,6 +136,7 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         solver: str | None = None,
         time_shift: float | None = None,
+        backbone_every: int | None = None,
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
@@ -145,8 +147,8 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
     ) -> DiPPipelineOutput | tuple:
         """Samples one image per class label.
 
-        Steps, guidance, interval, time shift and solver that are left out are those of the pipeline's `sampling`;
-        where it has none, 50, 4, (0.1, 1), 1 and the scheduler.
+        Steps, guidance, interval, time shift, backbone_every and solver that are left out are those of the pipeline's
+        `sampling`; where it has none, 50, 4, (0.1, 1), 1, 1 and the scheduler.
 
         Args:
             class_labels: ids or exact names, or one for one image; for a model without classes, leave it out.
@@ -159,6 +161,9 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
             solver: euler, heun, ab2 (two-step Adams-Bashforth), ddim (another name of euler) or ancestral
                 (DDPM's, which adds fresh noise at every step). A scheduler is followed as a copy of it for each call.
             time_shift: above 1 takes more of the steps at noisy times.
+            backbone_every: k computes the backbone at every kth evaluation of the network only (and where guidance
+                begins or ends); at the others the head, which takes a small part of the time, works on the state with
+                the tokens that the backbone left.
             height, width: pixels, multiples of the patch size; by default the training size.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1]; or "latent", what the solver
                 ended in: (B, C, H, W) with images in [-1, 1], not clipped.
@@ -174,9 +179,11 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
             UserError: if an argument is out of range, a callback returns another kind of state, or there is no memory
                 for the noise.
         """
-        given = SamplingFlags(num_inference_steps, solver, guidance_scale, guidance_interval, time_shift)
-        steps, guidance_scale, guidance_interval, time_shift = plain_settings(given.settings(self.default_settings))
         model, device = self.model, self._execution_device
+        given = SamplingFlags(
+            num_inference_steps, solver, guidance_scale, guidance_interval, time_shift, backbone_every
+        )
+        settings = plain_settings(given.settings(self.default_settings), model)
         num_classes = model.config.num_classes
         seeds, generator = random_source(seeds, generator)
         labels = labels_of_images(class_labels, num_classes, self.class_id, seeds, generator)
@@ -187,11 +194,12 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         handler = StepHandler(self, callback_on_step_end, callback_on_step_end_tensor_inputs, trajectory_every)
 
         noise = SampleNoise(seeds, generator, len(labels), (model.config.in_channels, height, width), device)
-        solve, times = self._solver(solver, steps, time_shift, noise)
-        scale = guidance_scale if num_classes else 1.0
+        solve, times = self._solver(solver, settings.steps, settings.time_shift, noise)
+        scale = settings.guidance if num_classes else 1.0
         y = torch.tensor(labels, device=device)
-        velocity = guided_velocity(self._network(times), y, num_classes, scale, guidance_interval)
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, len(times) - 1, False
+        network = self._network(times, settings.backbone_every)
+        velocity = guided_velocity(network, y, num_classes, scale, settings.guidance_interval)
+        self._guidance_scale, self._num_timesteps, self._interrupt = settings.guidance, len(times) - 1, False
         x = handler.solution(solve, velocity, start_state(noise.start, times), times)
         self.maybe_free_model_hooks()
 
@@ -249,11 +257,12 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         fresh = {"noise": noise.fresh} if is_stochastic(name) else {}
         return functools.partial(SOLVERS[name], **fresh), time_grid(steps, time_shift, objective)
 
-    def _network(self, times: Sequence[float]) -> VelocityNetwork | SolutionNetwork:
+    def _network(self, times: Sequence[float], backbone_every: int) -> VelocityNetwork | SolutionNetwork:
         """What a solver at these times calls."""
         self.model.forget_kernels()
-        if self._replayed is None:
-            return self.model
-        if self._replayed.model is not self.model:
-            self._replayed = ReplayedNetwork(self.model, self._replayed.graphs)
-        return self._replayed.begin(times)
+        network = self.model
+        if self._replayed is not None:
+            if self._replayed.model is not self.model:
+                self._replayed = ReplayedNetwork(self.model, self._replayed.graphs)
+            network = self._replayed.begin(times)
+        return network if backbone_every == 1 else ReusingNetwork(network, self.model.config.depth, backbone_every)

@@ -15,7 +15,7 @@ from ..evaluation import Evaluator
 from ..evaluation.image_sets import SourceImages, open_images
 from ..evaluation.registry import METRICS
 from ..images import grid
-from ..pipeline import DiPPipeline
+from ..pipeline import DiPPipeline, check_reuse
 from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline, weights_sha256
@@ -74,6 +74,8 @@ def sweep_command(arguments: SweepArguments) -> int:
         if not pipeline.model.config.num_classes:  # there is nothing to guide to
             arguments = dataclasses.replace(arguments, guidance=(1.0,))
         settings = combinations(arguments, pipeline.default_settings)
+        for setting in settings:
+            check_reuse(setting.backbone_every, pipeline.model)
         size = pipeline.config.height, pipeline.config.width
         real = reference_images(arguments, size)
         classes = classes_like(real, pipeline)

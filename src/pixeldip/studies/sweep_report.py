@@ -22,7 +22,12 @@ APART = 2.0
 FASTER = 1.1
 """Times that a setting must be faster than the best one to be worth naming."""
 TICKS_APART = 1.15
-AXES = {"evaluations": "evaluations", "guidance": "guidance scale", "time_shift": "time shift"}
+AXES = {
+    "evaluations": "evaluations",
+    "guidance": "guidance scale",
+    "time_shift": "time shift",
+    "backbone_every": "backbone every",
+}
 
 
 def result_file(out: Path, setting: Setting) -> Path:

@@ -21,12 +21,14 @@ class Setting:
     guidance: float
     interval: tuple[float, float]
     time_shift: float
+    backbone_every: int = 1
 
     @property
     def name(self) -> str:
         interval = "" if self.guidance == 1 else f"-from{self.interval[0]:g}to{self.interval[1]:g}"
         shift = "" if self.time_shift == 1 else f"-shift{self.time_shift:g}"
-        return f"{self.solver}-{self.evaluations}-guidance{self.guidance:g}{interval}{shift}"
+        every = "" if self.backbone_every == 1 else f"-every{self.backbone_every}"
+        return f"{self.solver}-{self.evaluations}-guidance{self.guidance:g}{interval}{shift}{every}"
 
     @property
     def in_words(self) -> str:
@@ -34,7 +36,8 @@ class Setting:
         text = f"{self.solver}, {self.evaluations} evaluations, guidance {self.guidance:g}"
         if self.guidance != 1 and self.interval != (0.0, 1.0):
             text += f" for {self.interval[0]:g} < t < {self.interval[1]:g}"
-        return text + (f", time shift {self.time_shift:g}" if self.time_shift != 1 else "")
+        text += f", time shift {self.time_shift:g}" if self.time_shift != 1 else ""
+        return text + (f", backbone every {self.backbone_every}" if self.backbone_every != 1 else "")
 
     @property
     def sampling(self) -> SamplingSettings:
@@ -44,6 +47,7 @@ class Setting:
             guidance=self.guidance,
             guidance_interval=self.interval,
             time_shift=self.time_shift,
+            backbone_every=self.backbone_every,
         )
 
 
@@ -60,12 +64,13 @@ def combinations(arguments: SweepArguments, own: SamplingSettings) -> list[Setti
     solvers = arguments.solver or (own.solver,)
     counts = arguments.evaluations or (evaluations(own.solver, own.steps),)
     shifts = arguments.time_shift or (own.time_shift,)
+    reuses = arguments.backbone_every or (own.backbone_every,)
     found: dict[str, Setting] = {}
-    for solver, count, guidance, interval, shift in itertools.product(
-        solvers, counts, arguments.guidance, intervals, shifts
+    for solver, count, guidance, interval, shift, every in itertools.product(
+        solvers, counts, arguments.guidance, intervals, shifts, reuses
     ):
         interval = (0.0, 1.0) if guidance == 1 else tuple(interval)
-        asked = Setting(solver, count, guidance, interval, shift)
+        asked = Setting(solver, count, guidance, interval, shift, every)
         setting = dataclasses.replace(asked, evaluations=evaluations(solver, asked.sampling.steps))
         found.setdefault(setting.name, setting)
     return list(found.values())

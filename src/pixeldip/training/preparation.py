@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..files import write_json
 from ..flow import Stream, check_interval, fold_seed
 from ..model import DiP, check_size, preset_config
+from ..pipeline import check_reuse
 from ..processes import Processes, choose_precision, precision_name
 from ..provenance import environment
 from ..recipe import DataSection, ModelSection, Recipe, flatten, image_size, load_recipe, recipe_values, save_recipe
@@ -78,11 +79,6 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
         )
     if recipe.flow.class_dropout == 1:
         raise UserError("flow.class_dropout 1 would drop every label; give a value below 1")
-    for name in ("preview", "evaluation"):
-        try:
-            check_interval(getattr(recipe, name).guidance_interval)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
     for split, source in (("reference_split", "reference"), ("train_split", "train_images")):
         if getattr(recipe.evaluation, split) != "train" and not getattr(recipe.evaluation, source):
             raise UserError(
@@ -103,9 +99,16 @@ def check_recipe(recipe: Recipe, world_size: int, trained: Mapping[str, Any] | N
     sizes = model_config(recipe.model, num_classes=1, trained=trained)
     check_size(*image_size(recipe.data), sizes["patch_size"])
     with torch.device("meta"):
-        depth = DiP(**sizes).config.depth
-    if recipe.alignment.weight and recipe.alignment.block > depth:
-        raise UserError(f"alignment.block {recipe.alignment.block}: the model has {depth} blocks")
+        model = DiP(**sizes)
+    for name in ("preview", "evaluation"):
+        section = getattr(recipe, name)
+        try:
+            check_interval(section.guidance_interval)
+            check_reuse(section.backbone_every, model)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    if recipe.alignment.weight and recipe.alignment.block > model.config.depth:
+        raise UserError(f"alignment.block {recipe.alignment.block}: the model has {model.config.depth} blocks")
 
 
 def open_data(section: DataSection) -> Source:
