@@ -22,6 +22,9 @@ class VelocityObjective:
     times = "logit_normal"
     """How times are drawn in training unless a recipe says otherwise."""
 
+    ends_in_output = False
+    """Whether a solution's last step ends in what the network puts out."""
+
     def flow_time(self, r: Tensor) -> Tensor:
         """t of schedule times r in [0, 1]: training draws r, and solvers step evenly in r."""
         return r
@@ -43,6 +46,8 @@ class ImageObjective(VelocityObjective):
     """The network predicts the clean image; the loss is Eq. 5's, on the velocity (image - x_t) / (1 - t) that
     follows from it (JiT, Li & He 2025). From t = 0.95 on, where that would count the image's error more and more, it is
     counted as at 0.95; solvers go all the way to the predicted image."""
+
+    ends_in_output = True
 
     def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return (output - x_t) / (1 - like(t, x_t)).clamp(min=NEAREST_DATA)

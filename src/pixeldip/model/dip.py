@@ -3,6 +3,7 @@
 B batch, G conditions of each image, C channels, H x W image, P patch side, N = (H / P)(W / P) patches, D hidden size.
 """
 
+import copy
 import functools
 import json
 import os
@@ -24,7 +25,7 @@ from .backbone import Backbone
 from .heads import HEADS
 from .heads.unet import UNetHead
 from .int8 import Int8Linear
-from .layers import Block, swiglu_inner
+from .layers import Block, swiglu_inner, untouched
 from .placement import PLACEMENTS, Injection, refine
 from .presets import preset_config
 
@@ -100,6 +101,18 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def paints_last(self) -> bool:
         """Whether a Patch Detailer Head stands behind the last block."""
         return self.config.placement != "intermediate" and self.config.head != "linear"
+
+    @property
+    def head_is_plain(self) -> bool:
+        """Whether the last head may be copied: no hook or offloading stands by its layers, and its weights are numbers
+        in floating point."""
+        layers = list(self.detailer.modules())
+        weights = (type(p) is nn.Parameter and p.is_floating_point() for p in self.detailer.parameters())
+        return untouched(layers, *map(type, layers)) and all(weights)
+
+    def head_in_float32(self) -> nn.Module:
+        """A copy of the last head, for `forward` to compute with in float32."""
+        return copy.deepcopy(self.detailer).float()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DiP | tuple[DiP, dict[str, Any]]":
@@ -219,6 +232,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         tokens_after: int | None = None,
         modulations: Tensor | None = None,
         tokens: Tensor | None = None,
+        head: nn.Module | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity at the noisy image.
 
@@ -231,6 +245,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             modulations: (depth, G B, 6 D), this t's part of what the method of that name returned for these labels.
             tokens: (G B, N, D), those after the last block of another evaluation of these images: the head works with
                 them, and the backbone is left out.
+            head: what `head_in_float32` returned, to take the last head's place.
 
         Returns:
             (B, C, H, W) in x's dtype, or (G, B, C, H, W); with `tokens_after` also the tokens (B, N, D), or
@@ -259,12 +274,15 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rows, columns = x.shape[-2] // p, x.shape[-1] // p
         # (B, C, H, W) -> (B, N, C, P, P): channel-major inside a patch, patches in raster order
         patches = seen.unflatten(-1, (columns, p)).unflatten(-3, (rows, p)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-        patches = patches.to(self.backbone.patch_embed.weight.dtype)
+        exact, patches = patches, patches.to(self.backbone.patch_embed.weight.dtype)
         if tokens is None:
             s, *conditions = self.backbone(patches.flatten(2), time, labels, (rows, columns), after_block, modulations)
         else:
             s, conditions = tokens, self.backbone.conditions(time, labels)
-        refined = refine(self.context, self.detailer, patches, s, *conditions, g)
+        if head is None:
+            refined = refine(self.context, self.detailer, patches, s, *conditions, g)
+        else:
+            refined = refine(lambda *of: self.context(*of).float(), head, exact.float(), s, *conditions, g)
         image = refined.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(-1, *x.shape[1:])
         if g > 1:
             x, t = x.repeat(g, 1, 1, 1), t.repeat(g)

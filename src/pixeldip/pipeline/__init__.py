@@ -3,7 +3,7 @@
 from .dip_pipeline import DiPPipeline
 from .lora import check_peft
 from .output import DiPPipelineOutput
-from .reuse import check_reuse
 from .steps import PREDICTED, STATE
+from .tokens import check_reuse
 
 __all__ = ["PREDICTED", "STATE", "DiPPipeline", "DiPPipelineOutput", "check_peft", "check_reuse"]

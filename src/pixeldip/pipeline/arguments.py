@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..flow import LARGEST_SEED
 from ..model import DiP
 from ..settings import LARGEST_SIDE, SamplingSettings, finite_number, whole_number
-from .reuse import check_reuse
+from .tokens import check_reuse
 
 Generators = torch.Generator | list[torch.Generator]
 

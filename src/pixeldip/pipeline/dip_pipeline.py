@@ -16,7 +16,6 @@ from ..errors import UserError
 from ..flow import (
     SOLVERS,
     SampleNoise,
-    VelocityNetwork,
     check_flow_scheduler,
     follow_scheduler,
     guided_velocity,
@@ -33,9 +32,9 @@ from ..terminal import some
 from .arguments import labels_of_images, names_of_classes, plain_settings, random_source, training_side
 from .lora import LoRAMixin
 from .output import DiPPipelineOutput, check_output_type, put_out
-from .reuse import ReusingNetwork
 from .saving import SavingMixin
 from .steps import PREDICTED, STATE, OnStepEnd, StepHandler
+from .tokens import TokenKeepingNetwork
 
 
 class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
@@ -257,12 +256,12 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         fresh = {"noise": noise.fresh} if is_stochastic(name) else {}
         return functools.partial(SOLVERS[name], **fresh), time_grid(steps, time_shift, objective)
 
-    def _network(self, times: Sequence[float], backbone_every: int) -> VelocityNetwork | SolutionNetwork:
+    def _network(self, times: Sequence[float], backbone_every: int) -> TokenKeepingNetwork:
         """What a solver at these times calls."""
         self.model.forget_kernels()
-        network = self.model
+        network: DiP | SolutionNetwork = self.model
         if self._replayed is not None:
             if self._replayed.model is not self.model:
                 self._replayed = ReplayedNetwork(self.model, self._replayed.graphs)
             network = self._replayed.begin(times)
-        return network if backbone_every == 1 else ReusingNetwork(network, self.model.config.depth, backbone_every)
+        return TokenKeepingNetwork(self.model, network, times, backbone_every)

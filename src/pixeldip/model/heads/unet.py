@@ -151,6 +151,10 @@ class UNetHead(nn.Module):
         """After weights may have changed without a trace: by a fused optimizer, or through their `.data`."""
         self.kept_kernels.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As elsewhere, a copy is not compiled; and it keeps kernels of its own."""
+        return {**super().__getstate__(), "_compiled": None, "kept_kernels": {}}
+
     def train(self, mode: bool = True) -> "UNetHead":
         """As elsewhere; forgets kept kernels."""
         self.forget_kernels()

@@ -1,4 +1,4 @@
-"""Between two evaluations of the backbone the head is the model's, with the tokens of the first of them."""
+"""The head with tokens that the backbone left: between two evaluations of it, and at the end, in float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from pixeldip import DiP, DiPPipeline, UserError
+from pixeldip.model import HEADS
 
 from .conftest import TINY_MODEL, opened_up
 
@@ -102,3 +103,81 @@ def test_a_model_with_nothing_to_compute_in_between(changes: dict) -> None:
     images(pipe, backbone_every=1)
     with pytest.raises(UserError, match="backbone_every 2: no Patch Detailer Head stands behind"):
         images(pipe, backbone_every=2)
+
+
+@contextmanager
+def computed_in(pipe: DiPPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+    """The precisions of what the last head puts out, evaluation by evaluation."""
+    kinds: list[torch.dtype] = []
+    head = type(pipe.model.detailer)
+    forward = head.forward
+
+    def watched(self: torch.nn.Module, *given: Tensor) -> Tensor:
+        out = forward(self, *given)
+        kinds.append(out.dtype)
+        return out
+
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "forward", watched)
+        yield kinds
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FEW = {"num_inference_steps": 3}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_predicted_image_is_not_rounded(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    width = {"unet": 8, "linear": None}.get(head, 16)
+    pipe = tiny(prediction="image", head=head, head_width=width)
+    exact = images(pipe, **FEW)
+    pipe.to(BF16)
+    weights = {name: value.clone() for name, value in pipe.model.state_dict().items()}
+    for ahead in (False, True):
+        if ahead:
+            pipe.enable_precomputed_modulation()
+        with computed_in(pipe, monkeypatch) as kinds:
+            found = images(pipe, **FEW)
+        assert kinds == [BF16, BF16, BF16, FP32]
+        assert (found - exact).std() < 0.1 * exact.std()
+        assert (found != found.bfloat16()).any()
+    after = pipe.model.state_dict()
+    assert after.keys() == weights.keys() and all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({"backbone_every": 2}, [BF16, BF16, BF16, FP32]),  # the backbone is due at the last one
+        ({"backbone_every": 3}, [BF16, BF16, FP32]),
+        ({"solver": "heun"}, [BF16] * 4 + [FP32, BF16, FP32]),  # two of its evaluations are at the last time
+        ({"guidance_interval": (0.0, 0.5)}, [BF16, BF16, BF16, FP32]),
+    ],
+)
+def test_which_evaluation_is_the_last(settings: dict, kinds: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny(prediction="image")
+    pipe.to(BF16)
+    with computed_in(pipe, monkeypatch) as found:
+        images(pipe, **FEW, **settings)
+    assert found == kinds
+
+
+def test_in_autocast_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny(prediction="image")
+    with torch.autocast("cpu", torch.bfloat16), computed_in(pipe, monkeypatch) as kinds:
+        images(pipe, **FEW)
+    assert kinds == [BF16, BF16, BF16, FP32]
+    with computed_in(pipe, monkeypatch) as kinds:
+        images(pipe, **FEW)
+    assert kinds == [FP32] * 3
+
+
+def test_heads_that_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a velocity is predicted, the last step's rounding counts for a step; layers with hooks are not copied."""
+    velocity, hooked = tiny(), tiny(prediction="image")
+    hooked.model.detailer.out.register_forward_hook(lambda *_: None)
+    for pipe in (velocity, hooked):
+        pipe.to(BF16)
+        with computed_in(pipe, monkeypatch) as kinds:
+            images(pipe, **FEW)
+        assert kinds == [BF16] * 3
