@@ -21,10 +21,9 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
+from record import put_out
 
 from pixeldip.data import EpochOrder, open_source
-from pixeldip.processes import Processes
-from pixeldip.provenance import environment
 from pixeldip.recipe import DataSection
 
 SHARD = 2000
@@ -119,11 +118,8 @@ def main() -> None:
     for engine, row in results.items():
         print(f"| {engine} | " + " | ".join(f"{row[column]:.4g}" for column in columns) + " |")
     asked = {"images": arguments.images, "side": arguments.side}
-    alone = environment(Processes(0, 1, torch.device("cpu")))
-    line = json.dumps({"benchmark": "data_engines", **asked, "engines": results, "environment": alone})
-    print(line)
-    if arguments.out:
-        arguments.out.write_text(line + "\n", encoding="utf-8")
+    record = {"benchmark": "data_engines", **asked, "engines": results}
+    put_out(record, torch.device("cpu"), arguments.out)
 
 
 if __name__ == "__main__":

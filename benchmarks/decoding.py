@@ -8,17 +8,15 @@ whose steps take images faster than that waits for them, and says so as `waiting
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from data_engines import jpegs
+from record import put_out
 
 from pixeldip.data import Batches, PositionSampler, TrainingImages, open_source
-from pixeldip.processes import Processes
-from pixeldip.provenance import environment
 from pixeldip.recipe import DataSection
 
 FILES, BATCH, FIRST = 512, 32, 4  # batches until every worker is there
@@ -63,11 +61,7 @@ def main() -> None:
                 found[side][workers] = images_per_second(section, asked.batches)
         print(f"| {side} | {size:.0f} | " + " | ".join(f"{rate:.0f}" for rate in found[side].values()) + " |")
     arguments = {name: value for name, value in vars(asked).items() if name not in ("out", "workers")}
-    alone = environment(Processes(0, 1, torch.device("cpu")))
-    line = json.dumps({"benchmark": "decoding", **arguments, "images_per_second": found, "environment": alone})
-    print(line)
-    if asked.out:
-        asked.out.write_text(line + "\n", encoding="utf-8")
+    put_out({"benchmark": "decoding", **arguments, "images_per_second": found}, torch.device("cpu"), asked.out)
 
 
 if __name__ == "__main__":

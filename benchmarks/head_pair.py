@@ -9,18 +9,17 @@ and composes each pair of convolutions on the way up into one. Contenders take t
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 import torch
+from record import put_out
 from torch import Tensor, nn
 
 from pixeldip import DiP
 from pixeldip.bench.commands import as_compiled_as_told
 from pixeldip.bench.release import ReleaseDiP
 from pixeldip.bench.timing import Step, Times, ratio, take_turns
-from pixeldip.processes import Processes, choose_device, choose_precision, precision_name
-from pixeldip.provenance import environment
+from pixeldip.processes import choose_device, choose_precision, precision_name
 
 
 def layer_by_layer(head: nn.Module) -> nn.Module:
@@ -86,11 +85,8 @@ def main() -> None:
         rows[name] = {"milliseconds": 1e3 * times.median, "spread": 1e3 * times.spread, "times_faster": times_faster}
         print(f"{name:<32} {1e3 * times.median:7.1f} ± {1e3 * times.spread:.1f} ms {times_faster:5.2f}x")
     arguments = {name: value for name, value in vars(asked).items() if name not in ("out", "device")}
-    record = {"benchmark": "head_pair", **arguments, "precision": precision_name(precision), "heads": rows}
-    line = json.dumps({**record, "errors": errors, "environment": environment(Processes(0, 1, device))})
-    print(line)
-    if asked.out:
-        asked.out.write_text(line + "\n", encoding="utf-8")
+    found = {"precision": precision_name(precision), "heads": rows, "errors": errors}
+    put_out({"benchmark": "head_pair", **arguments, **found}, device, asked.out)
 
 
 if __name__ == "__main__":

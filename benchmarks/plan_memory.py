@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
+from record import put_out
 
 from pixeldip import DiP
 from pixeldip.plan.figures import state_bytes
 from pixeldip.plan.step import PaperStep
-from pixeldip.processes import Processes, autocast, choose_device
-from pixeldip.provenance import environment
+from pixeldip.processes import autocast, choose_device
 from pixeldip.recipe import image_size, parse_recipe
 from pixeldip.training.ema import EMA
 from pixeldip.training.loss import training_loss
@@ -109,10 +109,7 @@ def main() -> None:
         rows.append({**dict(zip(names, case)), "planned_bytes": said, **measured})
         shown = ", ".join(f"{name} {value / 1e9:.3f}" for name, value in measured.items())
         print(*case, f"planned {said / 1e9:.3f}, {shown}; planned / allocated {said / measured['allocated_bytes']:.3f}")
-    line = json.dumps({"benchmark": "plan_memory", "rows": rows, "environment": environment(Processes(0, 1, device))})
-    print(line)
-    if arguments.out:
-        arguments.out.write_text(line + "\n", encoding="utf-8")
+    put_out({"benchmark": "plan_memory", "rows": rows}, device, arguments.out)
 
 
 if __name__ == "__main__":

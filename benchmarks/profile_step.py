@@ -9,19 +9,18 @@ and without graphs, into which the profiler does not see.
 
 import argparse
 import functools
-import json
 import re
 from pathlib import Path
 from typing import get_args
 
 import torch
+from record import put_out
 from torch.profiler import ProfilerActivity, profile
 
 from pixeldip.bench.commands import model_to_time
 from pixeldip.bench.steps import TIME, TrainingStep, noise_and_labels, sampling_contender
 from pixeldip.bench.timing import Ceilings, Step, seconds_of
-from pixeldip.processes import Processes, choose_device, choose_precision, precision_name
-from pixeldip.provenance import environment
+from pixeldip.processes import choose_device, choose_precision, precision_name
 from pixeldip.replay import ReplayedNetwork
 from pixeldip.settings import Precision
 
@@ -69,17 +68,13 @@ def main() -> None:
         "kernels": {name: kernels[name] for name in largest},
         "weights": precision_name(weights),
         "ceiling_gflops": Ceilings.measure(device, weights).flops / 1e9,
-        "environment": environment(Processes(0, 1, device)),
     }
     if device.type == "cuda":
         record["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
     print(f"{1e3 * min(seconds):.1f} ms a step of {asked.batch} images, {asked.batch / min(seconds):.1f} images/s")
     for kind, milliseconds in record["kinds"].items():
         print(f"{milliseconds:9.2f} ms  {kind}")
-    line = json.dumps(record)
-    print(line)
-    if asked.out:
-        asked.out.write_text(line + "\n", encoding="utf-8")
+    put_out(record, device, asked.out)
 
 
 def step_asked_for(asked: argparse.Namespace, device: torch.device, weights: torch.dtype) -> Step:

@@ -4,18 +4,17 @@ Of the model, seeds and guidance that the command line asks for, guided at every
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import put_out
 
 from pixeldip.evaluation import Evaluator
 from pixeldip.evaluation.image_sets import open_images
 from pixeldip.processes import Processes
-from pixeldip.provenance import environment
 from pixeldip.sampling import SampledImages, deal_classes, load_pipeline, parse_seeds
 from pixeldip.settings import EvaluationOptions, SamplingSettings
 from pixeldip.studies.sweep import classes_like
@@ -73,11 +72,7 @@ class Samples:
     def put_out(self, benchmark: str, **found: Mapping[str, Any]) -> None:
         """Prints the JSON line, and writes it where --out says."""
         asked = {name: value for name, value in vars(self.asked).items() if name != "out"}
-        made_by = environment(Processes(0, 1, self.device))
-        line = json.dumps({"benchmark": benchmark, **asked, **found, "environment": made_by})
-        print(line)
-        if self.asked.out:
-            self.asked.out.write_text(line + "\n", encoding="utf-8")
+        put_out({"benchmark": benchmark, **asked, **found}, self.device, self.asked.out)
 
 
 def rms(difference: np.ndarray) -> float:

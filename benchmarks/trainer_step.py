@@ -11,10 +11,10 @@ import argparse
 import copy
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 
 import torch
+from record import put_out
 from rich.console import Console
 
 from pixeldip import DiP
@@ -24,7 +24,6 @@ from pixeldip.data import Batch, EpochOrder
 from pixeldip.images import from_uint8
 from pixeldip.model import network_config
 from pixeldip.processes import Processes, choose_device, choose_precision
-from pixeldip.provenance import environment
 from pixeldip.recipe import Recipe, image_size, load_recipe
 from pixeldip.terminal import progress
 from pixeldip.training.divergence import Watch
@@ -90,10 +89,7 @@ def main() -> None:
         print(f"{name}: {value:.3f}")
     arguments = {name: value for name, value in vars(asked).items() if name != "out"}
     record = {"benchmark": "trainer_step", **arguments, "batch": count, **timings.record(), "ratios": ratios}
-    line = json.dumps({**record, "environment": environment(processes)})
-    print(line)
-    if asked.out:
-        asked.out.write_text(line + "\n", encoding="utf-8")
+    put_out(record, device, asked.out)
 
 
 if __name__ == "__main__":

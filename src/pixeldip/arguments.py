@@ -14,6 +14,7 @@ from .recipe import Recipe
 from .settings import (
     Device,
     EvaluationOptions,
+    FloatPrecision,
     Fraction,
     NonNegative,
     PlanOptions,
@@ -230,7 +231,7 @@ class BenchArguments:
     """All but memory."""
     compile: bool = False
     """throughput: with torch.compile of the blocks; latency (also in int8) and training: also."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: FloatPrecision = "auto"
     """Of what is compiled, trained, or measured for its memory; latency always has both in plain code."""
     heads: bool = False
     """latency, training, memory: also each other head, and DiT-only, as in Table 2."""

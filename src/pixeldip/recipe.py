@@ -20,6 +20,7 @@ from .files import write_text
 from .settings import (
     Device,
     EvaluationOptions,
+    FloatPrecision,
     Fraction,
     NonNegative,
     Positive,
@@ -152,7 +153,7 @@ class TrainingSection:
     """Forward and backward passes per step; each process takes batch_size / (processes * this) images at once."""
     ema_decay: Fraction = 0.999
     """Of the sampled weights; rises from 0.1 to this over the first steps."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: FloatPrecision = "auto"
     """auto: bf16 where the device has instructions for it and, on a CPU, multiplies faster by them; else fp32."""
     compile: bool = False
     gradient_checkpointing: bool = False

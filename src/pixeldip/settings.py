@@ -51,9 +51,10 @@ _PIPELINE_ARGUMENTS = {
 Solver = Literal["euler", "heun", "ab2", "ddim", "ancestral"]
 """The names of `flow.SOLVERS`."""
 Device = Literal["auto", "cpu", "cuda", "mps"]
+FloatPrecision = Literal["auto", "bf16", "fp32"]
+"""What a model trains in. auto: bf16 or fp32, as `choose_precision` finds."""
 Precision = Literal["auto", "bf16", "fp32", "int8"]
-"""What a model samples in. auto: bf16 or fp32, as `choose_precision` finds; int8 is of most products of its backbone,
-and the rest in auto."""
+"""What it samples in, likewise; int8 is of most products of its backbone, and the rest in auto."""
 
 
 @strict
