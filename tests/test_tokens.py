@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,8 +102,11 @@ def test_a_scheduler_is_followed_alike() -> None:
 def test_a_model_with_nothing_to_compute_in_between(changes: dict) -> None:
     pipe = tiny(**changes)
     images(pipe, backbone_every=1)
-    with pytest.raises(UserError, match="backbone_every 2: no Patch Detailer Head stands behind"):
+    refused = pytest.raises(UserError, match="backbone_every 2: no Patch Detailer Head stands behind")
+    with refused:
         images(pipe, backbone_every=2)
+    with refused:
+        DiPPipeline(pipe.model, sampling={"backbone_every": 2})
 
 
 @contextmanager
@@ -123,6 +127,7 @@ def computed_in(pipe: DiPPipeline, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
+EXACT = [FP32, FP32]  # one half of the patches after the other
 FEW = {"num_inference_steps": 3}
 
 
@@ -138,7 +143,7 @@ def test_a_predicted_image_is_not_rounded(head: str, monkeypatch: pytest.MonkeyP
             pipe.enable_precomputed_modulation()
         with computed_in(pipe, monkeypatch) as kinds:
             found = images(pipe, **FEW)
-        assert kinds == [BF16, BF16, BF16, FP32]
+        assert kinds == [BF16, BF16, BF16, *EXACT]
         assert (found - exact).std() < 0.1 * exact.std()
         assert (found != found.bfloat16()).any()
     after = pipe.model.state_dict()
@@ -148,10 +153,10 @@ def test_a_predicted_image_is_not_rounded(head: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("settings", "kinds"),
     [
-        ({"backbone_every": 2}, [BF16, BF16, BF16, FP32]),  # the backbone is due at the last one
-        ({"backbone_every": 3}, [BF16, BF16, FP32]),
-        ({"solver": "heun"}, [BF16] * 4 + [FP32, BF16, FP32]),  # two of its evaluations are at the last time
-        ({"guidance_interval": (0.0, 0.5)}, [BF16, BF16, BF16, FP32]),
+        ({"backbone_every": 2}, [BF16, BF16, BF16, *EXACT]),  # the backbone is due at the last one
+        ({"backbone_every": 3}, [BF16, BF16, *EXACT]),
+        ({"solver": "heun"}, [BF16] * 4 + [*EXACT, BF16, *EXACT]),  # two of its evaluations are at the last time
+        ({"guidance_interval": (0.0, 0.5)}, [BF16, BF16, BF16, *EXACT]),
     ],
 )
 def test_which_evaluation_is_the_last(settings: dict, kinds: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +171,7 @@ def test_in_autocast_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny(prediction="image")
     with torch.autocast("cpu", torch.bfloat16), computed_in(pipe, monkeypatch) as kinds:
         images(pipe, **FEW)
-    assert kinds == [BF16, BF16, BF16, FP32]
+    assert kinds == [BF16, BF16, BF16, *EXACT]
     with computed_in(pipe, monkeypatch) as kinds:
         images(pipe, **FEW)
     assert kinds == [FP32] * 3
@@ -181,3 +186,30 @@ def test_heads_that_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
         with computed_in(pipe, monkeypatch) as kinds:
             images(pipe, **FEW)
         assert kinds == [BF16] * 3
+
+
+def test_the_last_head_takes_no_more_memory_than_the_others() -> None:
+    """In two parts, as if each patch were alone."""
+    pipe = tiny(prediction="image")
+    x, t, y = torch.randn(2, 3, 16, 24), torch.tensor([0.3, 0.3]), torch.tensor([[2, 0], [3, 3]])
+    with torch.no_grad():
+        v, tokens = pipe.model(x, t, y, tokens_after=pipe.model.config.depth)
+        patches: list[int] = []
+        head = pipe.model.head_in_float32()
+        head.register_forward_hook(lambda _, given, __: patches.append(len(given[0])))
+        again = pipe.model(x, t, y, tokens=tokens, head=head)
+    assert patches == [6, 6]  # of twelve
+    torch.testing.assert_close(again, v, rtol=1e-4, atol=1e-5 * v.abs().max().item())
+
+
+def test_a_model_that_is_offloaded(tmp_path: Path) -> None:
+    """Its head lies elsewhere between evaluations."""
+    pipe = tiny(prediction="image", head="mlp", head_width=16)
+    pipe.to(BF16)
+    pipe.model.enable_group_offload(
+        onload_device=torch.device("cpu"),
+        offload_type="block_level",
+        num_blocks_per_group=1,
+        offload_to_disk_path=str(tmp_path),
+    )
+    assert images(pipe, **FEW).isfinite().all()

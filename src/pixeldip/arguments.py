@@ -165,7 +165,7 @@ class SweepArguments(EvaluationOptions):
     """Of the network, a guided pair counted as one: as many steps, or half as many of heun."""
     time_shift: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] | None = None
     backbone_every: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    """At which evaluations of the network its backbone is computed; the head is at all of them."""
+    """K: the backbone is computed at one of these evaluations in K, the head at all."""
     images: Annotated[int, Field(ge=4)] = 1000
     """Samples of every combination, seeds 0, 1, 2 …; with the reference's classes in its numbers, if it has classes
     of the model's names."""

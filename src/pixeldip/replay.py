@@ -20,7 +20,7 @@ MOST_RECORDED = 2**20
 """Pixels of a batch up to which graphs are recorded; above, the CPU is ahead without them (benchmarks/LOG.md)."""
 WARM_UP = 2
 
-Velocity = Tensor | tuple[Tensor, Tensor]
+Output = Tensor | tuple[Tensor, Tensor]
 """What `DiP.forward` returns: with `tokens_after` also tokens."""
 Given = Mapping[str, Tensor]
 """What it may be given beside x, t and y, by its name there: modulations or tokens."""
@@ -46,7 +46,7 @@ class ReplayedNetwork:
         self._weights = weights
         return SolutionNetwork(self, times)
 
-    def evaluate(self, x: Tensor, t: float, y: Tensor, tokens_after: int | None, given: Given) -> Velocity:
+    def evaluate(self, x: Tensor, t: float, y: Tensor, tokens_after: int | None, given: Given) -> Output:
         """As `DiP.forward`, at one time t for all images; from a graph where that is worth it."""
         if not self.graphs or not recordable(x):
             return self.model(x, x.new_full((len(x),), t), y, tokens_after, **given)
@@ -74,7 +74,7 @@ class SolutionNetwork:
     @torch.no_grad()
     def __call__(
         self, x: Tensor, t: float, y: Tensor, tokens_after: int | None = None, tokens: Tensor | None = None
-    ) -> Velocity:
+    ) -> Output:
         """As `DiP.forward`, x (B, C, H, W) and y (B,) or (G, B), at time t."""
         modulations = self._modulations(t, y) if tokens is None else None
         given = {"modulations": modulations, "tokens": tokens}
@@ -117,7 +117,7 @@ class _Recorder:
         self.recorded: dict[tuple, _Recording] = {}
         self.lock = threading.Lock()
 
-    def __call__(self, x: Tensor, t: float, y: Tensor, tokens_after: int | None, given: Given) -> Velocity:
+    def __call__(self, x: Tensor, t: float, y: Tensor, tokens_after: int | None, given: Given) -> Output:
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = x.shape, x.dtype, y.shape, tokens_after, *given, cast, torch.is_inference_mode_enabled()
         with self.lock, torch.cuda.device(self.device):
@@ -142,7 +142,7 @@ class _Recording:
         self.given = {name: value.clone() for name, value in given.items()}
         model, stream = recorder.model, recorder.stream
 
-        def evaluate() -> Velocity:
+        def evaluate() -> Output:
             # what autocast makes of weights must not be kept from one evaluation to the next
             with torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False):
                 return model(self.x, self.t, self.y, tokens_after, **self.given)
@@ -158,7 +158,7 @@ class _Recording:
         # the graph reads these, but the head may drop them
         self.kernels = [dict(head.kept_kernels) for head in model.modules() if isinstance(head, UNetHead)]
 
-    def replay(self, x: Tensor, t: float, y: Tensor, given: Given) -> Velocity:
+    def replay(self, x: Tensor, t: float, y: Tensor, given: Given) -> Output:
         """What the evaluation returns, copied: the next graph may write to the same memory."""
         self.x.copy_(x)
         self.t.fill_(t)

@@ -28,7 +28,7 @@ class _Sampling(TypedDict, total=False):
     guidance_scale: float
     guidance_interval: tuple[float, float]
     time_shift: float
-    backbone_every: int
+    backbone_every: Positive
 
 
 class _Index(TypedDict):

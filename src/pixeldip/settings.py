@@ -71,8 +71,8 @@ class SamplingSettings:
     time_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1 takes more of the steps at noisy times."""
     backbone_every: Positive = 1
-    """Above 1 the backbone is computed at every so-manyth evaluation only; at the others the head works with the
-    tokens it left."""
+    """K: the backbone is computed at one evaluation of the network in K; at the others only the head, with the tokens
+    that it left."""
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """The keywords `DiPPipeline.__call__` knows these settings by."""
@@ -106,8 +106,8 @@ class SamplingFlags:
     time_shift: Annotated[float, Field(gt=0)] | None = None
     """Above 1 takes more of the steps at noisy times."""
     backbone_every: Positive | None = None
-    """Above 1 the backbone is computed at every so-manyth evaluation only; at the others the head works with the
-    tokens it left."""
+    """K: the backbone is computed at one evaluation of the network in K; at the others only the head, with the tokens
+    that it left."""
 
     def settings(self, own: SamplingSettings) -> SamplingSettings:
         """What was given, and for the rest the model's own settings."""

@@ -72,7 +72,7 @@ class ImageSettings(SamplingSettings):
         """A line that says it all."""
         lo, hi = self.guidance_interval
         shift = "" if self.time_shift == 1 else f" · time shift {self.time_shift:g}"
-        every = "" if self.backbone_every == 1 else f" · backbone every {self.backbone_every}"
+        every = "" if self.backbone_every == 1 else f" · backbone at 1 evaluation in {self.backbone_every}"
         return (
             f"{', '.join([*self.classes, f'seed {self.seeds}'])} · {self.solver}, {self.steps} steps{shift}{every} · "
             f"guidance {self.guidance:g} from t = {lo:g} to {hi:g} · {self.height}×{self.width} · {self.model}"
@@ -171,7 +171,7 @@ def solution_controls(limits: Limits) -> SolutionControls:
         every = gr.Number(
             plain.backbone_every,
             label=LABELS["backbone_every"],
-            info="above 1: only the head in between",
+            info="evaluations; else the head alone",
             precision=0,
             min_width=120,
         )

@@ -23,7 +23,7 @@ class VelocityObjective:
     """How times are drawn in training unless a recipe says otherwise."""
 
     ends_in_output = False
-    """Whether a solution's last step ends in what the network puts out."""
+    """Whether the last step leads to what the network puts out: at t = 1 the two are one."""
 
     def flow_time(self, r: Tensor) -> Tensor:
         """t of schedule times r in [0, 1]: training draws r, and solvers step evenly in r."""

@@ -104,9 +104,9 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     @property
     def head_is_plain(self) -> bool:
-        """Whether the last head may be copied: no hook or offloading stands by its layers, and its weights are numbers
-        in floating point."""
-        layers = list(self.detailer.modules())
+        """Whether the last head may be copied: the model is not offloaded, no hook stands by the head's layers, and
+        their weights are in floating point."""
+        layers = [self, *self.detailer.modules()]
         weights = (type(p) is nn.Parameter and p.is_floating_point() for p in self.detailer.parameters())
         return untouched(layers, *map(type, layers)) and all(weights)
 
@@ -245,7 +245,8 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
             modulations: (depth, G B, 6 D), this t's part of what the method of that name returned for these labels.
             tokens: (G B, N, D), those after the last block of another evaluation of these images: the head works with
                 them, and the backbone is left out.
-            head: what `head_in_float32` returned, to take the last head's place.
+            head: what `head_in_float32` returned, to take the last head's place. It works on one half of the patches
+                after the other, so that it takes no more memory than in bf16.
 
         Returns:
             (B, C, H, W) in x's dtype, or (G, B, C, H, W); with `tokens_after` also the tokens (B, N, D), or
@@ -282,7 +283,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if head is None:
             refined = refine(self.context, self.detailer, patches, s, *conditions, g)
         else:
-            refined = refine(lambda *of: self.context(*of).float(), head, exact.float(), s, *conditions, g)
+            refined = refine(lambda *of: self.context(*of).float(), head, exact.float(), s, *conditions, g, parts=2)
         image = refined.unflatten(1, (rows, columns)).permute(0, 3, 1, 4, 2, 5).reshape(-1, *x.shape[1:])
         if g > 1:
             x, t = x.repeat(g, 1, 1, 1), t.repeat(g)

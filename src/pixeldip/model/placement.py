@@ -6,6 +6,9 @@ projected back into the tokens, and DiT's own final layer makes the output. hybr
 B images, G conditions of each, N patches, C channels, P patch side, D hidden size.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from .layers import xavier
@@ -13,20 +16,33 @@ from .layers import xavier
 PLACEMENTS = ("post", "intermediate", "hybrid")
 
 
-def refine(context: nn.Module, head: nn.Module, patches: Tensor, s: Tensor, time: Tensor, c: Tensor, g: int) -> Tensor:
+def refine(
+    context: Callable[..., Tensor],
+    head: nn.Module,
+    patches: Tensor,
+    s: Tensor,
+    time: Tensor,
+    c: Tensor,
+    g: int,
+    parts: int = 1,
+) -> Tensor:
     """What a head makes of the noisy patches (B, N, C, P, P): (G B, N, C, P, P).
 
     Args:
         context: the head's, from tokens s (G B, N, D), time embedding and condition (G B, D).
         g: G, how many conditions there are for each image.
+        parts: in which the head works on the patches, one after another.
     """
     pixels, contexts = patches.flatten(0, 1), context(s, time, c).flatten(0, 1)
-    if g == 1:
+    if g > 1 and getattr(head, "takes_several_contexts", False):
+        contexts = contexts.unflatten(0, (g, -1))
+    elif g > 1:
+        pixels = pixels.repeat(g, 1, 1, 1)
+    if parts == 1:
         refined = head(pixels, contexts)
-    elif getattr(head, "takes_several_contexts", False):
-        refined = head(pixels, contexts.unflatten(0, (g, -1)))
     else:
-        refined = head(pixels.repeat(g, 1, 1, 1), contexts)
+        pieces = zip(pixels.chunk(parts), contexts.chunk(parts, dim=-2))
+        refined = torch.cat([head(*piece) for piece in pieces], dim=-4)
     return refined.view(-1, *patches.shape[1:])
 
 

@@ -34,7 +34,7 @@ from .lora import LoRAMixin
 from .output import DiPPipelineOutput, check_output_type, put_out
 from .saving import SavingMixin
 from .steps import PREDICTED, STATE, OnStepEnd, StepHandler
-from .tokens import TokenKeepingNetwork
+from .tokens import TokenKeepingNetwork, check_reuse
 
 
 class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
@@ -52,7 +52,8 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
 
     Raises:
         UserError: if the model is no network, the scheduler follows another path, the names are not as many as the
-            model's classes, height or width is no whole number from 1 to 16384, or `sampling` says anything else.
+            model's classes, height or width is no whole number from 1 to 16384, or `sampling` says anything else, or
+            what the model cannot be sampled with.
     """
 
     _replayed: ReplayedNetwork | None = None
@@ -80,6 +81,7 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
             raise UserError(f"sampling {sampling!r}: give a dictionary of what calls leave out")
         self.register_modules(model=model, scheduler=scheduler)
         checked = SamplingSettings.from_pipeline_arguments(sampling or {}).pipeline_arguments()
+        check_reuse(checked["backbone_every"], model)
         sampling = {name: checked[name] for name in sampling or ()}  # plain numbers, which JSON can hold
         self.register_to_config(height=height, width=width, class_names=names, sampling=sampling)
 
@@ -135,7 +137,6 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         solver: str | None = None,
         time_shift: float | None = None,
-        backbone_every: int | None = None,
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
@@ -143,6 +144,7 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
         callback_on_step_end: OnStepEnd | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = (STATE,),
         trajectory_every: int = 0,
+        backbone_every: int | None = None,
     ) -> DiPPipelineOutput | tuple:
         """Samples one image per class label.
 
@@ -160,9 +162,6 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
             solver: euler, heun, ab2 (two-step Adams-Bashforth), ddim (another name of euler) or ancestral
                 (DDPM's, which adds fresh noise at every step). A scheduler is followed as a copy of it for each call.
             time_shift: above 1 takes more of the steps at noisy times.
-            backbone_every: k computes the backbone at every kth evaluation of the network only (and where guidance
-                begins or ends); at the others the head, which takes a small part of the time, works on the state with
-                the tokens that the backbone left.
             height, width: pixels, multiples of the patch size; by default the training size.
             output_type: "pil"; "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1]; or "latent", what the solver
                 ended in: (B, C, H, W) with images in [-1, 1], not clipped.
@@ -173,6 +172,8 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
             callback_on_step_end_tensor_inputs: what is put into `tensors`: "latents"; and "pred_original_sample", the
                 image (B, C, H, W) that the step's last evaluation of the network was heading for, x + (1 - t) v.
             trajectory_every: keep (t, x_t) at the start, after every so many steps, and at the end; 0: keep none.
+            backbone_every: K: the backbone is computed at one evaluation of the network in K, and where guidance begins
+                or ends; at the others only the head, a small part, on the state with the tokens that it left.
 
         Raises:
             UserError: if an argument is out of range, a callback returns another kind of state, or there is no memory

@@ -1,5 +1,4 @@
-"""What a solution does with the tokens of the backbone beyond one evaluation: the head, a small part of the network,
-works with them again."""
+"""Evaluations of the network in which the head works again with tokens that the backbone left."""
 
 from collections.abc import Sequence
 
@@ -7,29 +6,31 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..flow import VelocityNetwork
 from ..model import DiP
 from ..replay import SolutionNetwork
 
 
 class TokenKeepingNetwork:
-    """A network for one solution that keeps the tokens of its backbone, at one time t that all images share.
+    """A network for one solution, at one time t that all images share, that keeps the backbone's tokens and lets the
+    head work with them again: where the backbone rests, and in float32 at the end.
 
-    The backbone is computed at every so-manyth evaluation, and where guidance begins or ends, since the labels are
-    others there. At the rest the head has x_t and t as they are, and the tokens as the backbone left them.
+    The backbone is computed at one evaluation in `every`, and where guidance begins or ends, since the labels are
+    others there. At the rest the head has x_t and t as they are.
 
-    The velocity of the last step leads to the image that a model predicts, if that is what it predicts; in bf16 its
-    rounding would be seen in the image, by measures of distance before all (benchmarks/LOG.md). So the head computes it
-    in float32.
+    Where the model predicts the image, the last step leads to the predicted one, and bf16's rounding of it would be in
+    every pixel, too little to be seen and enough to be measured (benchmarks/LOG.md). So there the head computes in
+    float32.
 
     Args:
-        network: the model, or what computes it.
+        model: whose network it is.
+        network: the model itself, or what computes it for these times.
         times: that the solution goes through.
+        every: evaluations from one that computes the backbone to the next.
     """
 
     takes_one_time = True
 
-    def __init__(self, model: DiP, network: VelocityNetwork | SolutionNetwork, times: Sequence[float], every: int):
+    def __init__(self, model: DiP, network: DiP | SolutionNetwork, times: Sequence[float], every: int):
         self.model, self.network, self.every = model, network, every
         self._last = times[-2]
         self._y: Tensor | None = None
@@ -56,22 +57,22 @@ class TokenKeepingNetwork:
 
 
 def rounds_its_image(model: DiP, device: torch.device) -> bool:
-    """Whether the model predicts the image, and its head, in less than float32, can be computed in float32, too."""
-    lower = model.dtype != torch.float32 or torch.is_autocast_enabled(device.type)
-    return lower and model.objective.ends_in_output and model.head_is_plain
+    """Whether the model predicts the image in less than float32, and its head may be copied to do it in float32."""
+    rounds = model.dtype.itemsize < torch.float32.itemsize or torch.is_autocast_enabled(device.type)
+    return rounds and model.objective.ends_in_output and model.head_is_plain
 
 
 def check_reuse(every: int, model: DiP) -> int:
-    """The number of evaluations from one that computes the backbone to the next.
+    """`every`, if the model can be sampled with its backbone at one evaluation in so many.
 
     Raises:
-        UserError: if it is out of range, or the model leaves nothing to be computed in between.
+        UserError: if it is below 1, or above and the model leaves nothing to be computed in between.
     """
     if every < 1:
         raise UserError(f"backbone_every {every}: give 1, to compute the backbone at every evaluation, or more")
     if every > 1 and not model.paints_last:
         raise UserError(
             f"backbone_every {every}: no Patch Detailer Head stands behind this model's last block, to paint while the "
-            "backbone rests; leave it at 1"
+            "backbone rests; give 1"
         )
     return every

@@ -26,7 +26,7 @@ AXES = {
     "evaluations": "evaluations",
     "guidance": "guidance scale",
     "time_shift": "time shift",
-    "backbone_every": "backbone every",
+    "backbone_every": "backbone at 1 in",
 }
 
 
@@ -98,6 +98,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
         "table": [_cells(row, metrics) for row in rows],
         "floors": ["real images", *(_floor(rows, m) for m in metrics), ""],
         "verdict": verdict(rows, decisive) if decisive else "",
+        "reuses": any(setting.backbone_every > 1 for setting in settings),
         "curves": curves,
         "samples": shown,
         "warnings": sorted({warning for row in rows for warning in row.result["warnings"]}),

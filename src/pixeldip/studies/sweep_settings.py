@@ -37,7 +37,7 @@ class Setting:
         if self.guidance != 1 and self.interval != (0.0, 1.0):
             text += f" for {self.interval[0]:g} < t < {self.interval[1]:g}"
         text += f", time shift {self.time_shift:g}" if self.time_shift != 1 else ""
-        return text + (f", backbone every {self.backbone_every}" if self.backbone_every != 1 else "")
+        return text + (f", backbone at 1 in {self.backbone_every}" if self.backbone_every != 1 else "")
 
     @property
     def sampling(self) -> SamplingSettings:
