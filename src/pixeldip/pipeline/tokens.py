@@ -39,8 +39,7 @@ class TokenKeepingNetwork:
 
     def __call__(self, x: Tensor, t: float, y: Tensor) -> Tensor:
         """As `DiP.forward`, x (B, C, H, W) and y (B,) or (G, B), at time t."""
-        times = x.new_full((len(x),), t)
-        asked = t if getattr(self.network, "takes_one_time", False) else times
+        asked = t if getattr(self.network, "takes_one_time", False) else x.new_full((len(x),), t)
         exact = t == self._last and rounds_its_image(self.model, x.device)
         if self.every == 1 and not exact:
             return self.network(x, asked, y)
@@ -51,8 +50,9 @@ class TokenKeepingNetwork:
             v = self.network(x, asked, y, tokens=self._tokens)
         self._evaluations += 1
         if exact:
+            head, times = self.model.head_in_float32(), x.new_full((len(x),), t)
             with torch.autocast(x.device.type, enabled=False):
-                v = self.model(x, times, y, tokens=self._tokens, head=self.model.head_in_float32())
+                v = self.model(x, times, y, tokens=self._tokens, head=head)
         return v
 
 
