@@ -3,9 +3,9 @@
     python benchmarks/precisions.py MODEL [--seeds 0-31] [--guidance 2] [--out FILE]
 
 By solver and number of steps, over all pixels of all seeds, the median seed and the one that is farthest: bf16 weights,
-float32 weights under autocast, int8 with the rest in bf16 and in float32 (`--precision int8` takes what is faster), all
-but autocast compiled, too, and float8 products as a GPU would make them, with scales by token and by output, of rounded
-values, the rest in bf16.
+float32 weights under autocast, on a CPU int8 with the rest in bf16 and in float32 (`--precision int8` takes what is
+faster), all but autocast compiled, too, and float8 products as a GPU would make them, with scales by token and by
+output, of rounded values, the rest in bf16.
 """
 
 import copy
@@ -18,7 +18,7 @@ from solution import Samples, rms
 from torch import Tensor, nn
 
 from pixeldip.model import DiP, Int8Linear
-from pixeldip.processes import autocast
+from pixeldip.processes import autocast, computes_in_int8
 from pixeldip.sampling import load_pipeline
 
 SOLVERS = {"euler": 100, "ab2": 25, "ancestral": 25}
@@ -61,6 +61,8 @@ def main() -> None:
     exact = {solver: samples.of(steps, solver) for solver, steps in SOLVERS.items()}
     found: dict[str, dict[str, dict[str, float | list[float]]]] = {}
     for name, weights in WEIGHTS.items():
+        if name.startswith("int8") and not computes_in_int8(samples.device):
+            continue
         samples.pipeline = load_pipeline(samples.asked.model, samples.device, weights)
         model = samples.pipeline.model
         if name == "float8":

@@ -10,6 +10,8 @@ pixeldip=$root/.venv/bin/pixeldip
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=python
 mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+cd "$root" || exit 1 # models are named from here
 
 measure() { # FILE WHAT FLAGS…
     echo "== $*"
@@ -38,6 +40,7 @@ if [ "$device" = cpu ]; then
     measure memory_xl memory --model dip-xl/16 --batches 1 2 --heads
     measure scaling scaling --model dip-s/16 --height 128 --width 128 --batch 4 --processes 1 2 --rounds 7
     run decoding decoding
+    run precisions_emoji64 precisions models/emoji64 --seeds 0-15
 else
     measure training_xl training --model dip-xl/16 --batch 256 --rounds 5 --compile
     measure latency_xl_batch64 latency --model dip-xl/16 --batch 64 --rounds 3 --compile
@@ -45,5 +48,6 @@ else
     measure latency_xl latency --model dip-xl/16 --rounds 5 --compile --latent
     measure training_heads_xl training --model dip-xl/16 --batch 64 --rounds 3 --heads
     measure memory_xl memory --model dip-xl/16 --batches 1 64
+    run precisions_emoji64 precisions models/emoji64 --seeds 0-15
 fi
 [ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
