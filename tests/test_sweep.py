@@ -13,7 +13,7 @@ from pixeldip import DiP, DiPPipeline
 from pixeldip.arguments import SweepArguments
 from pixeldip.cli import main
 from pixeldip.images import grid
-from pixeldip.processes import choose_precision
+from pixeldip.processes import choose_precision, precision_name
 from pixeldip.sampling import SampledImages, load_pipeline
 from pixeldip.settings import SamplingSettings
 from pixeldip.studies.sweep import ASKED, FirstImages, classes_like, reference_images
@@ -154,6 +154,7 @@ def test_a_sweep_and_its_report(model: Path, real: Path, tmp_path: Path, capsys:
     assert sweep(*arguments, "--guidance", 1, 3, 8) == 0 and lost.is_file()  # made again
     results = [json.loads(path.read_text()) for path in (out / "settings").glob("*.json")]
     assert len({r["metrics"]["kid_efficientnet"] for r in results}) == 3  # guidance changes the samples
+    assert {r["precision"] for r in results} == {precision_name(choose_precision("auto", CPU))}
     assert {r["count"] for r in results} == {12} and all(r["seconds_per_image"] > 0 for r in results)
     pipeline = load_pipeline(str(model), CPU, choose_precision("auto", CPU))
     classes = classes_like(reference_images(SweepArguments(model="m", reference=str(real)), (32, 32)), pipeline)

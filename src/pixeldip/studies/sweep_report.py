@@ -92,6 +92,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
             "Model": asked["model"],
             "Reference": asked["reference"],
             "Samples": f"{first['count']} for every setting, the same seeds, {as_reference}",
+            "Precision": ", ".join(sorted({row.result.get("precision", "not recorded") for row in rows})),
             "Machine": machine(first["environment"]),
         },
         "head": ["", *(label(m, first["count"]) for m in metrics), "ms per image"],
