@@ -345,8 +345,8 @@ def test_models_that_cannot_be_read_or_have_no_head(browser: Browser, tmp_path: 
 
 
 def test_models_that_come_and_go(browser: Browser, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        saved_model(tmp_path / "models" / name, 16)
+    for name, side in (("a", 16), ("b", 32)):
+        saved_model(tmp_path / "models" / name, side)
     with served(tmp_path) as address:
         page = visited(browser, address, DESKTOP)
         generate_button, seeds = page.locator("#generate"), page.get_by_label("Seeds (at most 8)").first
@@ -362,6 +362,7 @@ def test_models_that_come_and_go(browser: Browser, tmp_path: Path) -> None:
         page.get_by_role("tab", name="Generate").click()
         seeds.fill("3")
         choose(page, "Model", "models/b")
+        expect(page.get_by_label("Height").first).to_have_value("32")  # the button was out of use until then
         expect(generate_button).to_be_enabled()
         generate(page)
         expect(seeds).to_have_value("3")
