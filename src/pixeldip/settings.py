@@ -71,8 +71,7 @@ class SamplingSettings:
     time_shift: Annotated[float, Field(gt=0)] = 1.0
     """Above 1 takes more of the steps at noisy times."""
     backbone_every: Positive = 1
-    """K: the backbone is computed at one evaluation of the network in K; at the others only the head, with the tokens
-    that it left."""
+    """K: the backbone is computed at one evaluation of the network in K; at the others the head alone."""
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """The keywords `DiPPipeline.__call__` knows these settings by."""
@@ -106,8 +105,7 @@ class SamplingFlags:
     time_shift: Annotated[float, Field(gt=0)] | None = None
     """Above 1 takes more of the steps at noisy times."""
     backbone_every: Positive | None = None
-    """K: the backbone is computed at one evaluation of the network in K; at the others only the head, with the tokens
-    that it left."""
+    """K: the backbone is computed at one evaluation of the network in K; at the others the head alone."""
 
     def settings(self, own: SamplingSettings) -> SamplingSettings:
         """What was given, and for the rest the model's own settings."""
