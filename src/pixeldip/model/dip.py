@@ -156,7 +156,7 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """From now on, for inference, the linear layers of the backbone's attention and MLPs multiply 8-bit integers,
         weights rounded once for all, tokens as they come. The input of each MLP's last one has outliers: it is rotated.
 
-        On a CPU with AVX512-VNNI faster than bf16 from DiP-B on, most so when compiled, and images are 2 to 6 dB
+        On a CPU with AVX512-VNNI faster than bf16 from DiP-B on, most so when compiled, and images are up to 6 dB
         farther from float32's; on other CPUs it may be slower and wrong, on GPUs the product is slower. The weights in
         floating point are let go of.
 
