@@ -61,9 +61,8 @@ def test_every_combination_once() -> None:
     )
     ab2 = [s for s in found if s.solver == "ab2"]
     heun = [s for s in found if s.solver == "heun"]
-    assert len(ab2) == 2 * 3 * 2 * 2 and len({s.name for s in found}) == len(
-        found
-    )  # unguided, and guided in two intervals
+    assert len(ab2) == 2 * 3 * 2 * 2  # three: unguided, and guided in two intervals
+    assert len({s.name for s in found}) == len(found)
     assert {s.evaluations for s in ab2} == {10, 11} == {s.sampling.steps for s in ab2}
     # six steps of Heun's would take eleven evaluations, so ten allow five steps, which take nine
     assert {(s.evaluations, s.sampling.steps) for s in heun} == {(9, 5), (11, 6)}
@@ -74,8 +73,9 @@ def test_every_combination_once() -> None:
 
 
 def test_what_is_left_out_is_the_models_own() -> None:
-    own = SamplingSettings(steps=13, solver="heun", guidance=9.0, guidance_interval=(0.2, 0.8), time_shift=2.0)
-    own.backbone_every = 3
+    own = SamplingSettings(
+        steps=13, solver="heun", guidance=9.0, guidance_interval=(0.2, 0.8), time_shift=2.0, backbone_every=3
+    )
     found = combinations(SweepArguments(model="m", guidance=(3.0,)), own)
     assert found == [Setting("heun", 25, 3.0, (0.2, 0.8), 2.0, 3)] and found[0].sampling.steps == 13
 

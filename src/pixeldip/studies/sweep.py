@@ -16,7 +16,7 @@ from ..evaluation.image_sets import SourceImages, open_images
 from ..evaluation.registry import METRICS
 from ..images import grid
 from ..pipeline import DiPPipeline, check_reuse
-from ..processes import Processes, choose_precision, precision_name, start_processes
+from ..processes import Processes, choose_precision, start_processes
 from ..provenance import environment
 from ..sampling import SampledImages, deal_classes, load_pipeline, weights_sha256
 from ..terminal import PlainConsole, say, warn
@@ -111,8 +111,8 @@ def sweep_command(arguments: SweepArguments) -> int:
             if arguments.compile or processes.device.type == "cuda":
                 _warm_up(samples, arguments.evaluation_batch_size)
             first = FirstImages()
-            record = evaluator.evaluate(samples, first).record | {"precision": precision_name(samples.precision)}
-            processes.on_main(lambda s=setting, f=first, r=record: _keep(arguments.out, s, f, r, processes))
+            evaluation = evaluator.evaluate(samples, first)
+            processes.on_main(lambda s=setting, f=first, e=evaluation: _keep(arguments.out, s, f, e.record, processes))
         page = processes.on_main(lambda: write_sweep_report(arguments.out, settings))
         say(console, f"done; open {page}")
     return 0
@@ -165,7 +165,7 @@ def _keep(out: Path, setting: Setting, first: FirstImages, record: dict[str, Any
         path,
         {
             "setting": dataclasses.asdict(setting),
-            "precision": record["precision"],
+            "precision": record["samples"]["made_with"]["precision"],
             "metrics": record["metrics"],
             "floors": record["floors"],
             "warnings": record["warnings"],
