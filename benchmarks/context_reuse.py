@@ -17,7 +17,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch.nn.functional as F
 from solution import Samples, in_words, rms
 from torch import Tensor, nn
 
@@ -59,8 +58,7 @@ class ReusingBackbone(nn.Module):
                 self.changes.append(((s - self.kept[-1][1]).norm() / s.norm()).item())
             self.kept = [*self.kept, (now, s)][-2:]
             return s, time, c
-        time = self.backbone.time_embed(t).repeat(len(y), 1)
-        c = F.silu(time + self.backbone.class_embed(y).flatten(0, 1))
+        time, c = self.backbone.conditions(t, y)
         (t1, s), earlier = self.kept[-1], self.kept[:-1]
         if self.way == "extrapolated" and earlier:
             ((t0, s0),) = earlier
