@@ -5,6 +5,11 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # serve
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; OpenMP's threads would wait for each other, spinning
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton, whose kernels then run here, too
+
 import contextlib
 import dataclasses
 import io
