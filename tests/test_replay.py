@@ -214,6 +214,23 @@ def test_graphs_replay_the_same_images(precision: torch.dtype, compiled: bool) -
 
 
 @CUDA
+def test_threads_record_graphs_one_at_a_time() -> None:
+    pipes = [DiPPipeline(opened_up(tiny(), seed).to("cuda"), height=16, width=24) for seed in (1, 2)]
+
+    def images(pipe: DiPPipeline) -> Tensor:
+        return pipe([2, 0], num_inference_steps=6, output_type="latent").images
+
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+    plain = [images(pipe) for pipe in pipes] * 4
+    for pipe in pipes:
+        pipe.enable_cuda_graphs()
+    with ThreadPoolExecutor(4) as threads:
+        for wanted, together in zip(plain, threads.map(images, pipes * 4)):
+            assert (together - wanted).std() < 1e-4 * wanted.std()
+
+
+@CUDA
 def test_graphs_with_and_without_the_backbone() -> None:
     pipe = DiPPipeline(tiny().to("cuda"), height=16, width=24)
     pipe.set_progress_bar_config(disable=True)

@@ -135,6 +135,8 @@ def test_lora(pipeline: DiPPipeline, model_folder: Path, tmp_path: Path) -> None
     weights = {f"{layer}.lora_A.weight": torch.zeros(4, 64), f"{layer}.lora_B.weight": torch.zeros(192, 4)}
     with pytest.raises(UserError, match=r"LoRA weights: of a model of other sizes \(size mismatch for \S+lora_A.*\)$"):
         again.load_lora_weights(weights)
+    again.save_pretrained(tmp_path / "after it failed")
+    DiPPipeline.from_pretrained(tmp_path / "after it failed")
     for none in ({}, {"a": torch.zeros(3)}):
         with pytest.raises(UserError, match="LoRA weights: no tensors of LoRA are in it"):
             again.load_lora_weights(none)

@@ -103,6 +103,14 @@ def test_a_shift_for_a_scheduler_with_times_of_its_own(pipeline: DiPPipeline) ->
         pipeline("ant")
 
 
+def test_a_predicted_image_wants_another_heun() -> None:
+    model = opened_up(DiP(**TINY_MODEL, num_classes=3, prediction="image"))
+    pipeline = DiPPipeline(model, FlowMatchHeunDiscreteScheduler(), height=16, width=16)
+    with pytest.raises(UserError, match=r"FlowMatchHeun.* this model predicts the image: take solver='heun'"):
+        pipeline([0], num_inference_steps=4)
+    assert pipeline([0], num_inference_steps=4, solver="heun", output_type="pt").images.isfinite().all()
+
+
 def test_a_scheduler_of_another_path_is_refused(pipeline: DiPPipeline) -> None:
     with pytest.raises(UserError, match=r"DDIMScheduler does not follow the path .* FlowMatch"):
         DiPPipeline(pipeline.model, DDIMScheduler())

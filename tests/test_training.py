@@ -37,7 +37,7 @@ def test_a_run_learns_and_says_so(tmp_path: Path, picture_folder: Path) -> None:
     recipe.optimizer.lr, recipe.optimizer.warmup_steps = 3e-3, 0
     outcome = train(recipe, QUIET)
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "run")]
-    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 8 and losses[-1] < 0.8 * losses[0]
     assert (outcome.step, outcome.interrupted_by) == (60, None)
     assert [path.name for path in sorted((tmp_path / "run" / "previews").iterdir())] == [
         "step-00000030.png",
@@ -54,14 +54,14 @@ def test_a_run_learns_and_says_so(tmp_path: Path, picture_folder: Path) -> None:
 
 
 def test_a_logged_loss_is_the_mean_since_the_one_before(tmp_path: Path, picture_folder: Path) -> None:
-    """The norm and the rate are the last step's."""
+    """Also at checkpoints, where it may be resumed. The norm and the rate are the last step's."""
     for every in (1, 3):
         training = {"log_every": every, "save_every": 2}
         train(tiny_recipe(tmp_path / str(every), picture_folder, training=training), QUIET)
     each, logged = (read_metrics(tmp_path / name) for name in ("1", "3"))
-    assert [entry["step"] for entry in logged] == [3, 6]
-    for entry, steps in zip(logged, (each[:3], each[3:]), strict=True):
-        assert entry["loss"] == pytest.approx(sum(step["loss"] for step in steps) / 3, rel=1e-6)
+    assert [entry["step"] for entry in logged] == [2, 3, 4, 6]
+    for entry, steps in zip(logged, (each[:2], each[2:3], each[3:4], each[4:]), strict=True):
+        assert entry["loss"] == pytest.approx(sum(step["loss"] for step in steps) / len(steps), rel=1e-6)
         assert all(entry[name] == steps[-1][name] for name in ("gradient_norm", "lr"))
     assert len({entry["lr"] for entry in each}) == 6
 

@@ -255,8 +255,13 @@ def start_processes(device_name: str) -> Iterator[Processes]:
                 _cpu_gains_from_bf16.cache_clear()
                 _cpu_gains_from_bf16()  # of the main process, while all are here to be told
             yield Processes(rank, world_size, device)
+        except BaseException:
+            if backend == "nccl":  # which ends a group only together; one that failed alone would wait for the others
+                dist.distributed_c10d._abort_process_group()
+            raise
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _fresh_store() -> dist.Store:

@@ -24,6 +24,8 @@ Output = Tensor | tuple[Tensor, Tensor]
 """What `DiP.forward` returns: with `tokens_after` also tokens."""
 Given = Mapping[str, Tensor]
 """What it may be given beside x, t and y, by its name there: modulations or tokens."""
+_RECORDING = threading.Lock()
+"""Held by whoever records a graph, one at a time in a process as CUDA wants it, or forgets kernels that it may read."""
 
 
 class ReplayedNetwork:
@@ -50,7 +52,8 @@ class ReplayedNetwork:
         """As `DiP.forward`, at one time t for all images; from a graph where that is worth it."""
         if not self.graphs or not recordable(x):
             return self.model(x, x.new_full((len(x),), t), y, tokens_after, **given)
-        recorder = self._recorder = self._recorder or _Recorder(self.model, x.device)
+        with _RECORDING:
+            recorder = self._recorder = self._recorder or _Recorder(self.model, x.device)
         return recorder(x, t, y, tokens_after, given)
 
 
@@ -102,6 +105,12 @@ class _Ahead(NamedTuple):
     at: dict[float, Tensor]
 
 
+def forget_kernels(model: DiP) -> None:
+    """As the model's own method, but not while a graph is recorded."""
+    with _RECORDING:
+        model.forget_kernels()
+
+
 def recordable(x: Tensor) -> bool:
     """Whether an evaluation of images x (B, C, H, W) is worth a graph."""
     return x.device.type == "cuda" and x.shape[0] * x.shape[-2:].numel() <= MOST_RECORDED
@@ -122,7 +131,8 @@ class _Recorder:
         key = x.shape, x.dtype, y.shape, tokens_after, *given, cast, torch.is_inference_mode_enabled()
         with self.lock, torch.cuda.device(self.device):
             if key not in self.recorded:
-                self.recorded[key] = _Recording(self, x, y, tokens_after, given, cast)
+                with _RECORDING:
+                    self.recorded[key] = _Recording(self, x, y, tokens_after, given, cast)
             return self.recorded[key].replay(x, t, y, given)
 
 

@@ -12,6 +12,7 @@ previews/step-….png       sample grids of fixed seeds
 .lock                     held by the process that is training here
 """
 
+import difflib
 import json
 import os
 import re
@@ -177,5 +178,12 @@ def resolve_model(name: str) -> str:
             f"{name}: a file; to load an authors' checkpoint, first run pixeldip convert {shlex.quote(name)} OUT"
         )
     if not may_be_hub_id(name):
-        raise UserError(f"{name}: no such folder, and not a hub id (owner/name)")
+        raise UserError(f"{name}: {no_such_folder(path)}, and not a hub id (owner/name)")
     return name
+
+
+def no_such_folder(path: Path) -> str:
+    """That there is none, and what is beside it by nearly that name."""
+    there = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return f"no such folder here (did you mean {path.parent / near[0]}?)" if near else "no such folder here"

@@ -87,15 +87,15 @@ def warn(console: Console, text: str) -> None:
 
 
 @contextmanager
-def quieted(logger_name: str) -> Iterator[None]:
-    """Lets a library's logger say errors only."""
+def quieted(logger_name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Lets a library's logger say nothing below a level."""
     logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logger.level
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
 
 
 class _Rate(ProgressColumn):

@@ -153,9 +153,10 @@ def test_a_split_that_is_a_folder_of_links(picture_folder: Path, tmp_path: Path)
     for split in ("train", "test"):
         source = open_source(DataSection(source=str(tmp_path / "data"), split=split))
         assert (len(source), source.class_names) == (12, ("a", "b"))
-    with pytest.raises(
-        UserError, match="no images of split test; names of its folders or files tell the splits train;"
-    ):
+        shutil.copytree(picture_folder, tmp_path / "named" / split)
+    with pytest.raises(UserError, match=r"no images of split val; names .* tell the splits train, test; choose"):
+        open_source(DataSection(source=str(tmp_path / "named"), split="val"))
+    with pytest.raises(UserError, match="no images of split test: no name in it tells a split, so all are of split tr"):
         open_source(DataSection(source=str(picture_folder), split="test"))
 
 

@@ -22,6 +22,7 @@ from ..terminal import PlainConsole, StartPass, progress, say
 from .latency import bench_latency
 from .memory import bench_memory
 from .plot import plot
+from .release import has_releases_form
 from .scaling import bench_scaling
 from .throughput import bench_throughput
 from .training import bench_training
@@ -41,7 +42,7 @@ COLUMNS = {
     "parameters": ("M weights", lambda value: f"{value / 1e6:.1f}"),
     "milliseconds": ("ms", "{:.1f}".format),
     "spread": ("±", "{:.1f}".format),
-    "gflops": ("GFLOP", "{:.0f}".format),
+    "gflops": ("GFLOP", lambda value: f"{value:.0f}" if value >= 10 else f"{value:.2g}"),
     "share_of_limit": ("of limit", "{:.0%}".format),
     "images_per_second": ("images/s", "{:.3g}".format),
     "efficiency": ("efficiency", "{:.0%}".format),
@@ -68,6 +69,8 @@ def bench_command(arguments: BenchArguments) -> None:
     precision = choose_precision(arguments.precision, device)
     what = f"{model.num_parameters() / 1e6:.1f} M parameters, images of {size[0]}x{size[1]}"
     say(console, f"{arguments.what}: {arguments.model}, {what}, {device.type}, {precision_name(precision)}")
+    if arguments.what in ("latency", "training") and not has_releases_form(model):
+        say(console, "the release has no such model: its way of working is left out")
     with progress(console, "turns") as start, as_compiled_as_told() if arguments.compile else contextlib.nullcontext():
         result, asked = _measure(arguments, model, size, device, precision, start)
     for line in _table(result):

@@ -193,6 +193,8 @@ def image_folder(path: Path, split: str) -> tuple[dict[str, Any], Pictures]:
     builder = datasets.load_dataset_builder("imagefolder", **arguments)
     by_split = {str(name): files for name, files in builder.config.data_files.items()}
     if split not in by_split:
+        if not told:
+            raise UserError(f"no images of split {split}: no name in it tells a split, so all are of split train")
         raise UserError(
             f"no images of split {split}; names of its folders or files tell the splits "
             f"{', '.join(by_split)}; choose one of them, or rename them if they are not meant to"

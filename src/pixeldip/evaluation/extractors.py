@@ -138,7 +138,8 @@ def _fetch_inception(path: Path) -> None:
     raise UserError(
         f"the Inception weights are missing and could not be fetched ({reason}). Fetch {INCEPTION_URL} "
         f"({INCEPTION_SIZE:,} bytes, SHA-256 {INCEPTION_SHA256}) and put it at {path}, or give its place with "
-        "--inception-weights. Without it: --metrics kid_efficientnet fd_mid_efficientnet boundary"
+        "--inception-weights. What pixeldip evaluate measures without them: --metrics kid_efficientnet "
+        "fd_mid_efficientnet boundary"
     )
 
 

@@ -56,20 +56,26 @@ def set_times(
     in the scheduler's configuration comes on top.
 
     Raises:
-        UserError: if a shift is asked of a scheduler that has its own times, or the scheduler refuses.
+        UserError: if a shift is asked of a scheduler that has its own times, flow-match Heun is to follow a network
+            that predicts the image, or the scheduler refuses.
     """
+    from diffusers import FlowMatchHeunDiscreteScheduler
+
     check_flow_scheduler(scheduler)
     times = time_grid(steps, shift, objective)
-    takes_sigmas = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    takes_sigmas, name = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters, type(scheduler).__name__
     if shift != 1 and not takes_sigmas:
+        raise UserError(f"time_shift={shift:g}: {name} has times of its own; set its shift in its configuration")
+    if objective.ends_in_output and isinstance(scheduler, FlowMatchHeunDiscreteScheduler):
         raise UserError(
-            f"time_shift={shift:g}: {type(scheduler).__name__} has times of its own; set its shift in its configuration"
+            f"{name} takes a long step to t = 0.999 by the velocity there, in which the error of a predicted image "
+            "counts a thousand times, and this model predicts the image: take solver='heun', or another scheduler"
         )
     arguments = {"sigmas": 1 - np.array(times[:-1])} if takes_sigmas else {"num_inference_steps": steps}
     try:
         scheduler.set_timesteps(device=device, **arguments)
     except ValueError as error:
-        raise UserError(f"{type(scheduler).__name__}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     scheduler.set_begin_index(0)
     theirs = [1 - sigma for sigma in scheduler.sigmas.tolist()]
     kept = len(theirs) == len(times) and all(abs(a - b) < SIGMA_ERROR for a, b in zip(theirs, times))

@@ -26,7 +26,7 @@ from ..flow import (
     time_grid,
 )
 from ..model import DiP, check_size
-from ..replay import ReplayedNetwork, SolutionNetwork
+from ..replay import ReplayedNetwork, SolutionNetwork, forget_kernels
 from ..settings import SamplingFlags, SamplingSettings, whole_number
 from ..terminal import some
 from .arguments import labels_of_images, names_of_classes, plain_settings, random_source, training_side
@@ -259,7 +259,7 @@ class DiPPipeline(SavingMixin, DiffusionPipeline, LoRAMixin):
 
     def _network(self, times: Sequence[float], backbone_every: int) -> TokenKeepingNetwork:
         """What a solver at these times calls."""
-        self.model.forget_kernels()
+        forget_kernels(self.model)
         network: DiP | SolutionNetwork = self.model
         if self._replayed is not None:
             if self._replayed.model is not self.model:

@@ -1,5 +1,6 @@
 """LoRA weights of a pipeline's model (Hu et al. 2022): loaded, fused and saved, by PEFT as elsewhere in diffusers."""
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -51,11 +52,14 @@ class LoRAMixin(LoraBaseMixin):
             given = os.path.expanduser(str(given))
         where = "LoRA weights" if isinstance(given, dict) else f"LoRA weights {given}"
         try:
-            self.model.load_lora_adapter(given, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs)
+            with quieted("diffusers.loaders.peft", logging.CRITICAL):  # what it says is in its exception, too
+                self.model.load_lora_adapter(given, prefix=None, adapter_name=adapter_name, _pipeline=self, **kwargs)
             found = kwargs.get("hotswap") or self.model.adapters != before
         except IndexError:  # of diffusers, where it looks for the first rank
             found = False
         except Exception as error:  # diffusers, PEFT, safetensors and the hub's client raise many kinds
+            if not self.model.adapters:
+                self.model.unload_lora()  # from the layers, which were made ready before it failed
             if not isinstance(given, dict) and (lora := newest_lora(Path(given))):
                 raise UserError(f"{where}: a run's folder; LoRA weights of its newest checkpoint are {lora}") from error
             if mismatch := re.search("size mismatch for .*", str(error)):

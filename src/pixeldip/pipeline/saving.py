@@ -10,9 +10,10 @@ from diffusers.utils import is_accelerate_available
 
 from ..errors import UserError, in_one_line
 from ..files import check_folder
-from ..run_folder import belongs_to_a_run, resolve_model
+from ..run_folder import belongs_to_a_run, no_such_folder, resolve_model
 from ..saved_model import check_saved_model, only_variant
 from ..sharing import check_license, forget_origin, upload, write_model_card
+from ..terminal import quieted
 
 _UPLOAD = ("private", "token", "commit_message", "create_pr")
 
@@ -41,7 +42,8 @@ class SavingMixin:
         where = resolve_model(name)
         is_here = Path(where).is_dir()
         try:
-            saved = where if is_here else cls.download(where, **kwargs)
+            with quieted("diffusers.pipelines.pipeline_utils"):  # why the hub is not reached is in the error, too
+                saved = where if is_here else cls.download(where, **kwargs)
             check_saved_model(Path(saved))
             if kwargs.get("variant") is None:
                 kwargs["variant"] = only_variant(Path(saved))
@@ -49,8 +51,9 @@ class SavingMixin:
         except UserError:
             raise
         except Exception as error:  # diffusers and the hub's client raise many kinds
-            hub = "" if is_here else "no such folder here, and from the hub it "
-            raise UserError(f"{name}: {hub}cannot be loaded ({in_one_line(error)})") from error
+            hub = "" if is_here else f"{no_such_folder(folder)}, and from the hub it "
+            why = in_one_line(error if is_here else error.__cause__ or error)  # of the hub the cause says what to do
+            raise UserError(f"{name}: {hub}cannot be loaded ({why})") from error
         pipeline._origin = folder if folder.is_dir() else None
         return pipeline
 

@@ -99,6 +99,7 @@ def write_sweep_report(out: Path, settings: Sequence[Setting]) -> Path:
         "table": [_cells(row, metrics) for row in rows],
         "floors": ["real images", *(_floor(rows, m) for m in metrics), ""],
         "verdict": verdict(rows, decisive) if decisive else "",
+        "size": next((floor["size"] for floor in first["floors"].values() if "size" in floor), None),
         "reuses": any(setting.backbone_every > 1 for setting in settings),
         "curves": curves,
         "samples": shown,

@@ -187,8 +187,8 @@ def _steps(
                 progress.divergence(diverged)
                 check_divergence(training, run, diverged)
                 stream.look(processes, console)
-            if logs and (means := watch.means()):
-                progress.step(done, learner.flops, stream.waited, **means, lr=learner.learning_rate)
+                if means := watch.means():  # where it is resumed, too, so that a mean is of all steps since the last
+                    progress.step(done, learner.flops, stream.waited, **means, lr=learner.learning_rate)
 
             began = time.perf_counter()
             if saves or stops or previews or evaluates:
