@@ -73,8 +73,8 @@ def test_classes_go_by_name(trained: DiPPipeline) -> None:
     model, start = started(trained, ["ant", "bee", "cow", "dog"])
     table, old = model.backbone.class_embed.weight, trained.model.backbone.class_embed.weight
     assert torch.equal(table[0], old[2]) and torch.equal(table[1], old[0]) and torch.equal(table[-1], old[-1])
-    for new in (2, 3):  # the null class, and a small random part
-        assert 0 < (table[new] - old[-1]).std() < 0.05
+    for new in (2, 3):  # the null class, and what a class starts as: much less, and training tells them apart late
+        assert 0.15 < (table[new] - old[-1]).std() < 0.4
     assert (start.classes_kept, start.classes_new) == (["ant", "bee"], ["cow", "dog"])
     assert start.sentences()[-1] == (
         "classes: ant, bee kept; new, from the null class: cow, dog; left out, since no image is of them: cat"

@@ -115,8 +115,8 @@ def start_from(name: str, pretrained: DiPPipeline, model: DiP, class_names: Sequ
 
     A tensor of the same name and shape is kept; those of the head only if it is the same head in the same place.
     The embedding of a patch, and DiT's final layer, are resampled to another patch size. Rows of the class table go
-    by name, or, if the trained model has no names, by id where there are as many classes; a new class starts as the
-    null class, which is kept.
+    by name, or, if the trained model has no names, by id where there are as many classes; a new class starts from the
+    null class, which is kept, as far from it as classes start from one another.
     """
     start = Start(name, trained_at=[pretrained.config.height, pretrained.config.width])
     theirs, ours = pretrained.model.state_dict(), model.state_dict()
@@ -173,7 +173,7 @@ def _copy_classes(
     for i, label in enumerate(labels):
         row = i if by_id else list(trained_names).index(label) if label in trained_names else None
         if row is None:
-            table[i] = trained[-1] + table[i] / 10  # a little of its random start, so that new classes differ
+            table[i] += trained[-1]  # its random start on top, by which new classes differ from the first step
             start.classes_new.append(label)
         else:
             table[i] = trained[row]
