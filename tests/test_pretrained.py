@@ -229,7 +229,7 @@ def test_merging_leaves_the_original_alone(trained: DiPPipeline) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"pretrained": "nowhere"}, "model.pretrained: nowhere: no such folder"),
+        ({"pretrained": "nowhere"}, "model.pretrained: nowhere: no such folder here, and not a hub id"),
         ({"pretrained": "no.ckpt"}, "model.pretrained: no.ckpt: no such file"),
         ({"pretrained": "some/hub-id"}, "model.pretrained: some/hub-id: no such folder here, and from the hub"),
         ({"preset": "dip-s/16"}, "give one of them"),

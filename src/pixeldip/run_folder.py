@@ -12,6 +12,7 @@ previews/step-….png       sample grids of fixed seeds
 .lock                     held by the process that is training here
 """
 
+import contextlib
 import difflib
 import json
 import os
@@ -184,6 +185,8 @@ def resolve_model(name: str) -> str:
 
 def no_such_folder(path: Path) -> str:
     """That there is none, and what is beside it by nearly that name."""
-    there = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
+    there: list[str] = []
+    with contextlib.suppress(OSError):  # of a parent that is not there either, or not to be read
+        there = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
     near = difflib.get_close_matches(path.name, there, n=1)
     return f"no such folder here (did you mean {path.parent / near[0]}?)" if near else "no such folder here"

@@ -155,6 +155,9 @@ def test_a_hub_repository_is_looked_through_before_it_is_loaded(
         DiPPipeline.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
     with pytest.raises(UserError, match=r"owner/other: no such folder here, and from the hub it cannot be loaded \("):
         DiPPipeline.from_pretrained("owner/other", cache_dir=tmp_path / "cache")
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"runs/frist: no such folder here \(did you mean runs/first\?\), and from the"):
+        DiPPipeline.from_pretrained("runs/frist", cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
