@@ -250,6 +250,7 @@ def start_processes(device_name: str) -> Iterator[Processes]:
     store = _fresh_store()
     with heartbeat(store, rank, world_size):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        leave = dist.destroy_process_group
         try:
             if device.type == "cpu":
                 _cpu_gains_from_bf16.cache_clear()
@@ -257,11 +258,10 @@ def start_processes(device_name: str) -> Iterator[Processes]:
             yield Processes(rank, world_size, device)
         except BaseException:
             if backend == "nccl":  # which ends a group only together; one that failed alone would wait for the others
-                dist.distributed_c10d._abort_process_group()
+                leave = dist.distributed_c10d._abort_process_group
             raise
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            leave()
 
 
 def _fresh_store() -> dist.Store:

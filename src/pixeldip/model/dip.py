@@ -145,10 +145,21 @@ class DiP(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Names of the adapters (LoRA) that are loaded, fused ones included."""
         return list(getattr(self, "peft_config", ()))
 
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; where that fails, with no adapter there before, the layers stay what they were."""
+        try:
+            super().load_lora_adapter(*args, **kwargs)
+        except Exception:
+            self._unload_without_adapters()
+            raise
+
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """As in diffusers; with the last one the layers become what they were before the first, so that the model can
-        be saved again."""
+        """As in diffusers; with the last one the layers become what they were before the first."""
         super().delete_adapters(adapter_names)
+        self._unload_without_adapters()
+
+    def _unload_without_adapters(self) -> None:
+        """Takes away what the layers were given for adapters, if there are none, so that the model can be saved."""
         if not self.adapters:
             self.unload_lora()
 

@@ -58,8 +58,6 @@ class LoRAMixin(LoraBaseMixin):
         except IndexError:  # of diffusers, where it looks for the first rank
             found = False
         except Exception as error:  # diffusers, PEFT, safetensors and the hub's client raise many kinds
-            if not self.model.adapters:
-                self.model.unload_lora()  # from the layers, which were made ready before it failed
             if not isinstance(given, dict) and (lora := newest_lora(Path(given))):
                 raise UserError(f"{where}: a run's folder; LoRA weights of its newest checkpoint are {lora}") from error
             if mismatch := re.search("size mismatch for .*", str(error)):
